@@ -1,0 +1,177 @@
+"""From an objective of two terms to the pair of their gradients."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dtnh_jax._tree import PyTree, is_array
+
+
+class GradientPair(NamedTuple):
+    r"""The gradients of both terms of the objective $L(w) + \lambda\,\Omega(w)$.
+
+    One tree is one vector: $a = \nabla L(w)$, $b = \nabla \Omega(w)$. A plain tuple of the two
+    serves as well.
+
+    Attributes:
+        loss_grads: ``a``, with the structure, shapes and dtypes of params.
+        reg_grads: ``b``, likewise, without ``λ``. ``None`` in the place of a leaf or a subtree
+            that the regularizer does not reach, such as a new head.
+
+    Example:
+        >>> import jax.numpy as jnp, dtnh_jax
+        >>> pair = dtnh_jax.GradientPair(
+        ...     loss_grads={"backbone": jnp.ones(3), "head": jnp.ones(2)},
+        ...     reg_grads={"backbone": -jnp.ones(3), "head": None},
+        ... )
+        >>> pair.reg_grads["backbone"].shape
+        (3,)
+
+    References:
+        Wan et al., ICDM 2019 (arXiv:1911.07489), whose derivatives of the empirical loss and
+        of the regularizer these are.
+    """
+
+    loss_grads: PyTree
+    reg_grads: PyTree
+
+
+def value_and_gradient_pair(
+    fun: Callable[..., Any], argnums: int | Sequence[int] = 0, has_aux: bool = False
+) -> Callable[..., Any]:
+    r"""Like `jax.value_and_grad`, of a function that returns loss and regularizer.
+
+    $$\bigl(L(w), \Omega(w)\bigr) \;\mapsto\; \bigl(\nabla L(w), \nabla\Omega(w)\bigr)$$
+
+    The forward pass runs once, and each gradient pulls back through its own part of it alone:
+    a regularizer on the weights costs no second pass through the network. Leaves that ``Ω``
+    does not depend on, such as a new head, are ``None`` in ``reg_grads`` (not zeros: a zero
+    would put the head's loss gradient into the inner products of its group).
+
+    Args:
+        fun: Returns ``(loss, reg)``, two real scalars, or ``((loss, reg), aux)`` with
+            ``has_aux=True``. ``reg`` comes without its weight, which the rule multiplies after
+            the projection.
+        argnums: Which positional arguments to differentiate by, as in `jax.value_and_grad`.
+        has_aux: Whether ``fun`` returns auxiliary data, such as batch-norm statistics, besides.
+
+    Returns:
+        A function with the arguments of ``fun`` that returns ``((loss, reg), pair)`` or
+        ``(((loss, reg), aux), pair)``; ``pair`` is a
+        [`GradientPair`][dtnh_jax.GradientPair] of trees like the argument (tuples of trees for
+        several ``argnums``).
+
+    Raises:
+        TypeError: When called, if ``fun`` returns something else, or ``loss`` or ``reg`` is
+            no real floating-point scalar.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, dtnh_jax
+        >>> @jax.jit
+        ... @dtnh_jax.value_and_gradient_pair
+        ... def objective(w, x, y):
+        ...     return jnp.mean((x @ w - y) ** 2), 0.5 * jnp.sum(w**2)
+        >>> (loss, reg), pair = objective(jnp.array([1.0, 2.0]), jnp.eye(2), jnp.zeros(2))
+        >>> print(loss, pair.loss_grads, pair.reg_grads)
+        2.5 [1. 2.] [1. 2.]
+
+    References:
+        Wan et al., ICDM 2019 (arXiv:1911.07489): the two derivatives are taken apart at every
+        iteration.
+    """
+
+    @functools.wraps(fun)
+    def value_and_pair(*args: Any, **kwargs: Any) -> Any:
+        wrt, fun_of_wrt = _split_arguments(fun, argnums, args, kwargs)
+
+        def terms(wrt: PyTree) -> Any:
+            return _checked_terms(fun_of_wrt(wrt), has_aux)
+
+        (loss, reg), tangents, aux = jax.linearize(terms, wrt, has_aux=True)
+
+        def loss_tangent(wrt: PyTree) -> jax.Array:
+            return tangents(wrt)[0]
+
+        def reg_tangent(wrt: PyTree) -> jax.Array:
+            return tangents(wrt)[1]
+
+        # Two transposes of one linear map each, not two pull-backs with a zero: a zero would
+        # be carried through the whole network, which XLA does not simplify away.
+        (loss_grads,) = jax.linear_transpose(loss_tangent, wrt)(jnp.ones_like(loss))
+        (reg_grads,) = jax.linear_transpose(reg_tangent, wrt)(jnp.ones_like(reg))
+        pair = GradientPair(loss_grads, _without_unreached(reg_grads, reg_tangent, wrt))
+        return (((loss, reg), aux) if has_aux else (loss, reg)), pair
+
+    return value_and_pair
+
+
+def _split_arguments(
+    fun: Callable[..., Any], argnums: int | Sequence[int], args: Sequence[Any], kwargs: Any
+) -> tuple[PyTree, Callable[[PyTree], Any]]:
+    numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    if not all(-len(args) <= number < len(args) for number in numbers):
+        raise TypeError(
+            f"value_and_gradient_pair differentiates by positional argument {argnums}, but the "
+            f"function was called with {len(args)} positional arguments. Pass params by "
+            "position, or set argnums."
+        )
+
+    def fun_of_wrt(wrt: PyTree) -> Any:
+        replaced = list(args)
+        for number, value in zip(numbers, (wrt,) if isinstance(argnums, int) else wrt, strict=True):
+            replaced[number] = value
+        return fun(*replaced, **kwargs)
+
+    wrt = tuple(args[number] for number in numbers)
+    return (wrt[0] if isinstance(argnums, int) else wrt), fun_of_wrt
+
+
+def _checked_terms(result: Any, has_aux: bool) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    wanted = "((loss, reg), aux)" if has_aux else "(loss, reg)"
+
+    def refuse(got: str) -> None:
+        hint = "" if has_aux else " If it returns auxiliary data too, set has_aux=True."
+        raise TypeError(
+            f"value_and_gradient_pair wants a function that returns {wanted}, loss and reg real "
+            f"floating-point scalars; got {got}.{hint}"
+        )
+
+    terms, aux = result, None
+    if has_aux:
+        if not isinstance(result, tuple | list) or len(result) != 2:
+            refuse(_described(result))
+        terms, aux = result
+    if not isinstance(terms, tuple | list) or len(terms) != 2:
+        refuse(_described(terms))
+    for name, term in zip(("loss", "reg"), terms, strict=True):
+        if not is_array(term) or jnp.ndim(term) != 0:
+            refuse(f"{name} = {_described(term)}")
+        if not jnp.issubdtype(jnp.result_type(term), jnp.floating):
+            refuse(f"{name} of dtype {jnp.result_type(term)}")
+    loss, reg = terms
+    return (jnp.asarray(loss), jnp.asarray(reg)), aux
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__} of {len(value)}"
+    if is_array(value):
+        return f"an array of shape {jnp.shape(value)}"
+    return type(value).__name__
+
+
+def _without_unreached(reg_grads: PyTree, reg_tangent: Callable[..., Any], wrt: PyTree) -> PyTree:
+    """``reg_grads`` with ``None`` at the leaves that the regularizer does not depend on."""
+    jaxpr = jax.make_jaxpr(reg_tangent)(wrt).jaxpr
+    needed = {id(var) for var in jaxpr.outvars}
+    for equation in reversed(jaxpr.eqns):
+        if any(id(var) in needed for var in equation.outvars):
+            needed.update(id(var) for var in equation.invars)
+    leaves, treedef = jax.tree.flatten(reg_grads)
+    reached = [
+        grad if id(var) in needed else None for grad, var in zip(leaves, jaxpr.invars, strict=True)
+    ]
+    return jax.tree.unflatten(treedef, reached)

@@ -1,0 +1,224 @@
+"""What a rule remembers of each group's conflict, and how to read it back."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dtnh_jax._gramian import Gramian
+from dtnh_jax._tree import unbox
+from dtnh_jax._weightings import Weights
+
+
+class Measurement(NamedTuple):
+    """The numbers that the diagnostics are made from, arrays of shape ``(groups,)``."""
+
+    loss_norm: jax.Array
+    reg_norm: jax.Array
+    cosine: jax.Array
+    removed: jax.Array
+
+
+class PairState(NamedTuple):
+    """State of every rule of this package.
+
+    Attributes:
+        count: Steps taken, an ``int32`` scalar; a schedule of ``reg_weight`` reads it.
+        measurement: Of the last step; ``None`` without diagnostics.
+        groups: The names of the groups, in the order of the arrays, as keys of a mapping to
+            ``None``: a part of the tree's structure, not an array, so it passes through jit,
+            scan and checkpoints.
+
+    Example:
+        >>> import jax.numpy as jnp, dtnh_jax
+        >>> state = dtnh_jax.dtnh(0.1, scope="leaf").init({"kernel": jnp.zeros((2, 2))})
+        >>> isinstance(state, dtnh_jax.PairState), state.groups
+        (True, {'kernel': None})
+    """
+
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    measurement: Measurement | None
+    groups: dict[str, None]
+
+
+class Conflict(NamedTuple):
+    """How loss gradient ``a`` and regularizer gradient ``b`` stand to each other.
+
+    Attributes:
+        cosine: ``⟨a,b⟩ / (‖a‖ ‖b‖)``, 0 where ``a`` or ``b`` is zero. float.
+        conflict: ``⟨a,b⟩ < 0``. bool.
+        removed: The share of ``‖b‖`` that the rule took away, ``‖b - (d - a)/λ‖ / ‖b‖`` for its
+            direction ``d``; 0 where ``λ`` or ``b`` is zero. float.
+
+    Example:
+        >>> import jax.numpy as jnp, dtnh_jax
+        >>> tx = dtnh_jax.dtnh(0.1)
+        >>> pair = (jnp.array([1.0, 0.0]), jnp.array([-1.0, 0.0]))
+        >>> _, state = tx.update(pair, tx.init(jnp.zeros(2)))
+        >>> print(dtnh_jax.conflict_stats(state).total.removed)
+        1.0
+    """
+
+    cosine: jax.Array
+    conflict: jax.Array
+    removed: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ConflictStats:
+    """What :func:`conflict_stats` returns: a pytree, so it may leave a jitted function.
+
+    Attributes:
+        per_group: Arrays of shape ``(groups,)``.
+        total: Scalars: all groups as one vector.
+        groups: The names of the groups, in the order of ``per_group``.
+
+    Example:
+        >>> import jax.numpy as jnp, dtnh_jax
+        >>> stats = dtnh_jax.conflict_stats(dtnh_jax.dtnh(0.1).init(jnp.zeros(2)))
+        >>> dict(zip(stats.groups, stats.per_group.cosine.tolist()))
+        {'global': 0.0}
+    """
+
+    per_group: Conflict
+    total: Conflict
+    groups: tuple[str, ...] = field(metadata={"static": True})
+
+
+def conflict_stats(opt_state: Any) -> ConflictStats:
+    r"""Where the regularizer fought the loss in the last step.
+
+    Per group, and in total over all groups as one vector:
+
+    $$\cos = \frac{\langle a, b\rangle}{\lVert a\rVert\,\lVert b\rVert}, \qquad
+    \text{conflict} = [\langle a, b\rangle < 0], \qquad
+    \text{removed} = \frac{\lVert b - (d - a)/\lambda\rVert}{\lVert b\rVert}.$$
+
+    It reads the state and nothing else: the numbers came out of the Gramian that the rule
+    needs anyway. In scope ``"element"`` the groups reported are the leaves.
+
+    Args:
+        opt_state: The state of a rule of this package, or any nesting of optax states that
+            holds one or more. Several are reported side by side; where their groups share a
+            name, ``#2`` and so on is added.
+
+    Returns:
+        The [`ConflictStats`][dtnh_jax.ConflictStats] of the last step; zeros before the first.
+
+    Raises:
+        ValueError: If ``opt_state`` holds no state of a rule, or one with
+            ``diagnostics=False``.
+
+    Example:
+        >>> import jax.numpy as jnp, optax, dtnh_jax
+        >>> tx = optax.chain(dtnh_jax.dtnh(0.1, scope="leaf"), optax.adam(1e-3))
+        >>> params = {"bias": jnp.zeros(1), "kernel": jnp.zeros(3)}
+        >>> loss_grads = {"bias": jnp.ones(1), "kernel": jnp.array([-4.0, 1.0, 1.0])}
+        >>> reg_grads = {"bias": jnp.ones(1), "kernel": jnp.array([6.0, 1.0, 1.0])}
+        >>> _, state = tx.update((loss_grads, reg_grads), tx.init(params), params)
+        >>> stats = dtnh_jax.conflict_stats(state)
+        >>> stats.groups
+        ('bias', 'kernel')
+        >>> stats.per_group.conflict.tolist()
+        [False, True]
+        >>> print(f"{stats.total.cosine:.3f} {stats.total.removed:.3f}")
+        -0.771 0.830
+
+    References:
+        Wan et al., *Towards Making Deep Transfer Learning Never Hurt*, ICDM 2019
+        (arXiv:1911.07489): conflict is "conflicted descent directions".
+    """
+    states = [
+        node
+        for node in jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, PairState))
+        if isinstance(node, PairState)
+    ]
+    if not states:
+        raise ValueError(
+            "conflict_stats wants an optimizer state that holds the state of a dtnh_jax rule, "
+            f"such as optax.chain(dtnh_jax.dtnh(0.01), optax.sgd(0.1)).init(params); "
+            f"got {type(opt_state).__name__} without one."
+        )
+    measurements = [state.measurement for state in states if state.measurement is not None]
+    if len(measurements) < len(states):
+        raise ValueError(
+            "conflict_stats wants a rule that measures; this state belongs to one that was made "
+            "with diagnostics=False. Make it with diagnostics=True."
+        )
+    joined = Measurement(
+        *(
+            jnp.concatenate([unbox(getattr(one, name)) for one in measurements], axis=-1)
+            for name in Measurement._fields
+        )
+    )
+    return ConflictStats(
+        per_group=Conflict(joined.cosine, joined.cosine < 0, joined.removed),
+        total=_total(joined),
+        groups=_unique([name for state in states for name in state.groups]),
+    )
+
+
+def no_measurement(n_rows: int, dtype: Any) -> Measurement:
+    """The measurement before the first step."""
+    return Measurement(*(jnp.zeros(n_rows, dtype) for _ in Measurement._fields))
+
+
+def measure(gram: Gramian, removed: jax.Array) -> Measurement:
+    """The measurement of each group, from numbers that the rule has computed anyway."""
+    loss_norm, reg_norm = jnp.sqrt(gram.loss_sq), jnp.sqrt(gram.reg_sq)
+    return Measurement(
+        loss_norm=loss_norm * gram.loss_scale,
+        reg_norm=reg_norm * gram.reg_scale,
+        cosine=jnp.clip(_ratio(gram.inner, loss_norm * reg_norm), -1, 1),
+        removed=removed,
+    )
+
+
+def removed_share(gram: Gramian, weights: Weights, reg_weight: jax.Array) -> jax.Array:
+    """``‖b - (d - a)/λ‖ / ‖b‖`` of each group, for a direction ``d`` with these weights."""
+    asked = reg_weight * gram.reg_scale
+    shift, rest = _ratio(weights.loss_shift, asked), _ratio(weights.reg - asked, asked)
+    removed_sq = shift**2 * gram.loss_sq + 2 * shift * rest * gram.inner + rest**2 * gram.reg_sq
+    return jnp.sqrt(jnp.maximum(_ratio(removed_sq, gram.reg_sq), 0))
+
+
+def removed_share_of_leaf(
+    each: Gramian, weights: Weights, reg_weight: jax.Array, leaf: Gramian
+) -> jax.Array:
+    """:func:`removed_share` of a leaf whose elements, ``each``, are groups of their own."""
+    part = removed_share(each, weights, reg_weight) * (each.reg_scale / leaf.reg_scale)
+    return jnp.sqrt(_ratio(jnp.sum(part**2), leaf.reg_sq))
+
+
+def _total(each: Measurement) -> Conflict:
+    # Norms relative to the largest: their squares neither over- nor underflow.
+    loss_norm, reg_norm = _relative(each.loss_norm), _relative(each.reg_norm)
+    loss_sq, reg_sq = jnp.sum(loss_norm**2, axis=-1), jnp.sum(reg_norm**2, axis=-1)
+    inner = jnp.sum(each.cosine * loss_norm * reg_norm, axis=-1)
+    removed_sq = jnp.sum((each.removed * reg_norm) ** 2, axis=-1)
+    return Conflict(
+        cosine=jnp.clip(_ratio(inner, jnp.sqrt(loss_sq) * jnp.sqrt(reg_sq)), -1, 1),
+        conflict=inner < 0,
+        removed=jnp.sqrt(_ratio(removed_sq, reg_sq)),
+    )
+
+
+def _relative(norms: jax.Array) -> jax.Array:
+    return _ratio(norms, jnp.max(norms, axis=-1, keepdims=True, initial=0))
+
+
+def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    nonzero = denominator != 0
+    return jnp.where(nonzero, numerator / jnp.where(nonzero, denominator, 1), 0)
+
+
+def _unique(names: list[str]) -> tuple[str, ...]:
+    seen: Counter[str] = Counter()
+    unique = []
+    for name in names:
+        seen[name] += 1
+        unique.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return tuple(unique)
