@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from dtnh_jax._numerics import compute_dtype, widened
+
 
 class Gramian(NamedTuple):
     r"""The Gramian of ``â = a / loss_scale`` and ``b̂ = b / reg_scale`` in each group.
@@ -34,12 +36,6 @@ class Gramian(NamedTuple):
     reg_scale: jax.Array
 
 
-def compute_dtype(*dtypes: DTypeLike) -> np.dtype:
-    """The real dtype to compute in: float64 where one of ``dtypes`` is that wide, or float32."""
-    widest = max((jnp.finfo(dtype).bits for dtype in dtypes), default=32)
-    return np.dtype(np.float64 if widest == 64 else np.float32)
-
-
 def gramian(
     loss_leaves: Sequence[jax.Array],
     reg_leaves: Sequence[jax.Array],
@@ -58,9 +54,9 @@ def gramian(
         Arrays of shape ``(n_rows,)``, in float32 or the widest dtype of the leaves.
     """
     dtype = compute_dtype(*(leaf.dtype for leaf in [*loss_leaves, *reg_leaves]))
-    zeros, ones = jnp.zeros(n_rows, dtype), jnp.ones(n_rows, dtype)
+    ones = jnp.ones(n_rows, dtype)
     if not loss_leaves:
-        return Gramian(zeros, zeros, zeros, ones, ones)
+        return no_gramian(n_rows, dtype)
     members = _members(rows, n_rows)
     sizes = np.zeros(n_rows)
     np.add.at(sizes, list(rows), [leaf.size for leaf in loss_leaves])
@@ -94,6 +90,12 @@ def gramian(
     )
 
 
+def no_gramian(n_rows: int, dtype: DTypeLike) -> Gramian:
+    """The Gramian of zeros: of groups without leaves, or where nobody needs to look."""
+    zeros, ones = jnp.zeros(n_rows, dtype), jnp.ones(n_rows, dtype)
+    return Gramian(zeros, zeros, zeros, ones, ones)
+
+
 def element_gramian(a: jax.Array, b: jax.Array) -> Gramian:
     """The Gramian of each element of a leaf: ``â`` and ``b̂`` are signs, the scales magnitudes.
 
@@ -105,7 +107,7 @@ def element_gramian(a: jax.Array, b: jax.Array) -> Gramian:
         Arrays of the leaf's shape.
     """
     dtype = compute_dtype(a.dtype, b.dtype)
-    a, b = _widened(a, dtype), _widened(b, dtype)
+    a, b = widened(a, dtype), widened(b, dtype)
     a_unit, b_unit = jnp.sign(a), jnp.sign(b)
     return Gramian(
         loss_sq=_product(a_unit, a_unit),
@@ -160,25 +162,27 @@ def _changed(
     dtype: np.dtype,
 ) -> jax.Array:
     # a + (change), not α a + β b: without conflict the change is λ b to the last bit.
-    return a + (loss_shift.astype(dtype) * a_unit + reg.astype(dtype) * b_unit)
+    return a + (_times(loss_shift.astype(dtype), a_unit) + _times(reg.astype(dtype), b_unit))
 
 
 def _widened_pair(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, np.dtype]:
     dtype = compute_dtype(a.dtype, b.dtype)
-    wide_a, wide_b = _widened(a, dtype), _widened(b, dtype)
+    wide_a, wide_b = widened(a, dtype), widened(b, dtype)
     if jnp.iscomplexobj(wide_a):
         wide_b = wide_b.astype(wide_a.dtype)
     return wide_a, wide_b, dtype
 
 
-def _widened(x: jax.Array, dtype: np.dtype) -> jax.Array:
-    return x.astype(np.promote_types(dtype, np.complex64) if jnp.iscomplexobj(x) else dtype)
-
-
 def _divided(x: jax.Array, scale: jax.Array) -> jax.Array:
     # The scale is a power of two: to multiply by its reciprocal is exact, and faster.
     dtype = compute_dtype(x.dtype, scale.dtype)
-    return _widened(x, dtype) * (1 / scale).astype(dtype)
+    return _times((1 / scale).astype(dtype), widened(x, dtype))
+
+
+def _times(factor: jax.Array, x: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(factor * jnp.real(x), factor * jnp.imag(x))
+    return factor * x
 
 
 def _product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dtnh_jax._tree import PyTree, broadcast_prefix, is_absent, leaf_paths, leaves_of, path_name
+from dtnh_jax._tree import PyTree, is_absent, lay_over, leaf_paths, leaves_of, path_name
 
 SCOPES = ("global", "layer", "leaf", "element")
 
@@ -48,10 +48,10 @@ def group_leaves(tree: PyTree, scope: Scope, mask: Mask) -> Groups:
     Args:
         tree: Parameters or gradients.
         scope: A name from :data:`SCOPES`; a function from a leaf's path
-            (``"block/conv/kernel"``) to the name of its group; or a tree of labels that
-            ``tree`` begins with.
-        mask: ``None``, or a tree of booleans that ``tree`` begins with, or a function from
-            ``tree`` to it: ``False`` puts a leaf into no group.
+            (``"block/conv/kernel"``) to the name of its group; or a tree of labels, in
+            which a label may stand for a subtree.
+        mask: ``None``, or a tree of booleans, in which one may stand for a subtree, or a
+            function from ``tree`` to it: ``False`` puts a leaf into no group.
 
     Returns:
         The groups. Absent leaves are in none.
@@ -84,7 +84,9 @@ def _labels(tree: PyTree, paths: list[tuple[str, ...]], scope: Scope) -> list[st
         labels: list[Any] = [scope(path_name(path)) for path in paths]
         wanted = "a scope function must return the name of the leaf's group, a string"
     else:
-        labels = broadcast_prefix(scope, tree, what="the label tree of scope", over="params")
+        labels = lay_over(
+            scope, tree, what="the label tree of scope", over="params", one_for_many=True
+        )
         wanted = "the label tree of scope must hold strings"
     for path, label in zip(paths, labels, strict=True):
         if not isinstance(label, str):
@@ -101,7 +103,7 @@ def _reached(tree: PyTree, mask: Mask, paths: list[tuple[str, ...]]) -> list[boo
         entries: list[Any] = [True] * len(leaves)
     else:
         mask_tree = mask(tree) if callable(mask) else mask
-        entries = broadcast_prefix(mask_tree, tree, what="mask", over="params")
+        entries = lay_over(mask_tree, tree, what="mask", over="params", one_for_many=True)
     for path, entry in zip(paths, entries, strict=True):
         if not isinstance(entry, bool | np.bool_):
             raise TypeError(

@@ -134,5 +134,10 @@ def weighted_sum(
         Convolutional Networks*, ICML 2018 (arXiv:1802.01483), whose training this is.
     """
     return pair_transformation(
-        _weightings.weighted_sum, reg_weight, scope=scope, mask=mask, diagnostics=diagnostics
+        _weightings.weighted_sum,
+        reg_weight,
+        scope=scope,
+        mask=mask,
+        diagnostics=diagnostics,
+        needs_gramian=False,
     )

@@ -14,11 +14,12 @@ from dtnh_jax._gramian import (
     Gramian,
     combine,
     combine_elements,
-    compute_dtype,
     element_gramian,
     gramian,
+    no_gramian,
 )
 from dtnh_jax._groups import Groups, Mask, Scope, check_scope, group_leaves
+from dtnh_jax._numerics import compute_dtype
 from dtnh_jax._stats import (
     Measurement,
     PairState,
@@ -27,7 +28,7 @@ from dtnh_jax._stats import (
     removed_share,
     removed_share_of_leaf,
 )
-from dtnh_jax._tree import PyTree, broadcast_prefix, is_absent, is_array, leaf_names, leaves_of
+from dtnh_jax._tree import PyTree, is_absent, is_array, lay_over, leaf_names, leaves_of
 from dtnh_jax._weightings import Weights
 
 Weighting = Callable[[Gramian, jax.Array], Weights]
@@ -46,6 +47,7 @@ def pair_transformation(
     scope: Scope,
     mask: Mask,
     diagnostics: bool,
+    needs_gramian: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation of pairs from a weighting of their Gramian.
 
@@ -55,6 +57,7 @@ def pair_transformation(
         scope: Which leaves form a group.
         mask: Where the regularizer acts.
         diagnostics: Whether to keep what ``conflict_stats`` reads.
+        needs_gramian: Whether the weighting looks at the inner products of the Gramian.
 
     Returns:
         An optax transformation whose state is a ``PairState``.
@@ -90,7 +93,9 @@ def pair_transformation(
         groups = group_leaves(loss_grads, scope, mask)
         _check_initialised(groups, loss_grads, state)
         loss_leaves = leaves_of(loss_grads)
-        reg_leaves = broadcast_prefix(reg_grads, loss_grads, what="reg_grads", over="loss_grads")
+        reg_leaves = lay_over(
+            reg_grads, loss_grads, what="reg_grads", over="loss_grads", one_for_many=False
+        )
         taking_part = [
             index
             for index, row in enumerate(groups.row_of_leaf)
@@ -107,7 +112,7 @@ def pair_transformation(
         weight = reg_weight(state.count) if callable(reg_weight) else reg_weight
         by_element = isinstance(scope, str) and scope == "element"
         directions, measurement = (_combined_by_element if by_element else _combined)(
-            weighting, jnp.asarray(weight, dtype), these, diagnostics
+            weighting, jnp.asarray(weight, dtype), these, diagnostics, needs_gramian
         )
         for index, direction in zip(taking_part, directions, strict=True):
             loss_leaves[index] = direction
@@ -130,9 +135,16 @@ class _Participants(NamedTuple):
 
 
 def _combined(
-    weighting: Weighting, reg_weight: jax.Array, these: _Participants, diagnostics: bool
+    weighting: Weighting,
+    reg_weight: jax.Array,
+    these: _Participants,
+    diagnostics: bool,
+    needs_gramian: bool,
 ) -> tuple[list[jax.Array], Measurement | None]:
-    gram = gramian(*these)
+    if diagnostics or needs_gramian:
+        gram = gramian(*these)
+    else:
+        gram = no_gramian(these.n_rows, reg_weight.dtype)
     weights = weighting(gram, reg_weight)
     factors = (*weights, gram.loss_scale, gram.reg_scale)
     of_row = list(zip(*map(jnp.unstack, factors), strict=True))
@@ -146,8 +158,13 @@ def _combined(
 
 
 def _combined_by_element(
-    weighting: Weighting, reg_weight: jax.Array, these: _Participants, diagnostics: bool
+    weighting: Weighting,
+    reg_weight: jax.Array,
+    these: _Participants,
+    diagnostics: bool,
+    needs_gramian: bool,
 ) -> tuple[list[jax.Array], Measurement | None]:
+    del needs_gramian  # The Gramian of an element is no pass of its own.
     directions = []
     removed = [jnp.zeros_like(reg_weight)] * these.n_rows
     gram = gramian(*these) if diagnostics else None
@@ -158,7 +175,9 @@ def _combined_by_element(
         if gram is not None:
             leaf = Gramian(*(of_row[row] for of_row in gram))
             removed[row] = removed_share_of_leaf(each, weights, reg_weight, leaf)
-    return directions, None if gram is None else measure(gram, jnp.stack(removed))
+    if gram is None:
+        return directions, None
+    return directions, measure(gram, jnp.asarray(removed, reg_weight.dtype))
 
 
 def _unpack(updates: PyTree, reg_grads: PyTree | None, params: PyTree | None) -> GradientPair:
@@ -207,7 +226,7 @@ def _same_structure(one: PyTree, other: PyTree) -> bool:
 def _names_as_tree(groups: Groups, params: PyTree) -> dict[str, None]:
     # optax.tree.map_params initialises a transformation on a leafless stand-in for params, and
     # wants to find that in the place of whatever params decide: here, the names.
-    return dict.fromkeys(groups.names) if groups.names else params
+    return dict.fromkeys(groups.names) if jax.tree.leaves(params) else params
 
 
 def _like(measurement: Measurement | None, before: Measurement | None) -> Measurement | None:
@@ -239,7 +258,7 @@ def _check_initialised(groups: Groups, loss_grads: PyTree, state: Any) -> None:
             f"{type(state).__name__}."
         )
     known = tuple(sorted(state.groups)) if isinstance(state.groups, Mapping) else ()
-    if groups.names != known:
+    if groups.names and groups.names != known:
         unknown = sorted(set(groups.names) ^ set(known))
         raise ValueError(
             "The gradients do not have the groups of the params that init saw: "

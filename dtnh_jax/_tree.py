@@ -64,57 +64,55 @@ def leaf_names(tree: PyTree) -> list[str]:
     return [path_name(path) for path in leaf_paths(tree)]
 
 
-def broadcast_prefix(prefix: PyTree, tree: PyTree, *, what: str, over: str) -> list[Any]:
-    """The entry of ``prefix`` that stands over each leaf of ``tree``.
+def lay_over(other: PyTree, tree: PyTree, *, what: str, over: str, one_for_many: bool) -> list[Any]:
+    """The entry of ``other`` for each leaf of ``tree``, found by its path.
 
-    An entry of ``prefix`` may stand over a whole subtree: ``{"head": None}`` over
-    ``{"head": {"kernel": k, "bias": b}}`` gives ``[None, None]``.
+    ``None`` in ``other`` may stand for a whole subtree of ``tree``: ``{"head": None}`` over
+    ``{"head": {"kernel": k, "bias": b}}`` gives ``[None, None]``. What ``other`` holds at or
+    below an absent leaf of ``tree`` is passed over. Containers need not be of the same types,
+    nor the boxes of Flax be there in both.
 
     Args:
-        prefix: A tree that ``tree`` begins with.
-        tree: The full tree.
-        what: The name of ``prefix`` in errors.
+        other: The tree that is laid over.
+        tree: The tree that it is laid over.
+        what: The name of ``other`` in errors.
         over: The name of ``tree`` in errors.
+        one_for_many: Whether any entry, and not ``None`` alone, may stand for a subtree.
 
     Returns:
         One entry for each leaf of ``tree``, in the order of :func:`leaves_of`.
 
     Raises:
-        ValueError: If ``tree`` does not begin with ``prefix``; the first difference is named.
+        ValueError: If a leaf of ``tree`` has no entry or an entry no leaf; it is named.
     """
-    entries: list[Any] = []
-
-    def spread(entry: Any, subtree: PyTree) -> None:
-        entries.extend([entry] * len(leaves_of(subtree)))
-
-    try:
-        jax.tree.map(spread, prefix, tree, is_leaf=is_absent)
-    except (ValueError, TypeError, KeyError):
-        difference = _first_difference(prefix, tree, what, over)
-        raise ValueError(
-            f"{what} must have the structure of {over}, but {difference}. "
-            f"Where {what} has nothing for a leaf or a subtree of {over}, put None there."
-        ) from None
-    return entries
-
-
-def _first_difference(prefix: PyTree, tree: PyTree, what: str, over: str) -> str:
-    prefix_paths, tree_paths = leaf_paths(prefix), leaf_paths(tree)
-
-    def stands_over(path: tuple[str, ...]) -> bool:
-        return any(path[: len(entry)] == entry for entry in prefix_paths)
-
-    missing = [path for path in tree_paths if not stands_over(path)]
-    if missing:
-        return f"{what} has nothing at {path_name(missing[0])!r}, where {over} has a leaf"
-    extra = [
-        entry
-        for entry in prefix_paths
-        if not any(path[: len(entry)] == entry for path in tree_paths)
-    ]
+    entries = dict(zip(leaf_paths(other), leaves_of(other), strict=True))
+    paths, leaves = leaf_paths(tree), leaves_of(tree)
+    spare = f"Where {what} has nothing for a leaf or a subtree of {over}, put None there."
+    found, used = [], set()
+    for path, leaf in zip(paths, leaves, strict=True):
+        above = [path[:length] for length in range(len(path), -1, -1) if path[:length] in entries]
+        if is_absent(leaf):
+            if path not in entries:
+                used.update(entry for entry in entries if entry[: len(path)] == path)
+            used.update(above)
+            found.append(None)
+        elif not above:
+            raise ValueError(
+                f"{what} must have the structure of {over}, but has nothing at "
+                f"{path_name(path)!r}. {spare}"
+            )
+        elif above[0] != path and not one_for_many and not is_absent(entries[above[0]]):
+            raise ValueError(
+                f"{what} must have the structure of {over}, but has a leaf at "
+                f"{path_name(above[0])!r}, where {over} has a subtree. {spare}"
+            )
+        else:
+            used.add(above[0])
+            found.append(entries[above[0]])
+    extra = [path for path, entry in entries.items() if path not in used and not is_absent(entry)]
     if extra:
-        return f"{what} has {path_name(extra[0])!r}, which {over} lacks"
-    return (
-        "their containers differ: "
-        f"{what} is {jax.tree.structure(prefix)}, {over} is {jax.tree.structure(tree)}"
-    )
+        raise ValueError(
+            f"{what} must have the structure of {over}, but has {path_name(extra[0])!r}, "
+            f"which {over} lacks."
+        )
+    return found

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from dtnh_jax._gramian import compute_dtype
+from dtnh_jax._numerics import compute_dtype
 
 
 def distillation(

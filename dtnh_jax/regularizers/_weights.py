@@ -2,8 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
-from dtnh_jax._tree import PyTree, broadcast_prefix, is_absent, leaf_names, leaves_of
+from dtnh_jax._numerics import compute_dtype, widened
+from dtnh_jax._tree import PyTree, is_absent, lay_over, leaf_names, leaves_of
 
 
 def l2_sp(
@@ -49,14 +52,16 @@ def l2_sp(
         Li, Grandvalet, Davoine, *Explicit Inductive Bias for Transfer Learning with
         Convolutional Networks*, ICML 2018 (arXiv:1802.01483), eq. 3.
     """
-    starts = broadcast_prefix(pretrained, params, what="pretrained", over="params")
-    dtype = jnp.float32
+    starts = lay_over(pretrained, params, what="pretrained", over="params", one_for_many=False)
+    dtype = compute_dtype(
+        *(jnp.result_type(weight) for weight in leaves_of(params) if not is_absent(weight))
+    )
     shared = new = jnp.zeros((), dtype)
     for name, weight, start in zip(leaf_names(params), leaves_of(params), starts, strict=True):
         if is_absent(weight):
             continue
         if is_absent(start):
-            new = new + _sum_of_squares(weight)
+            new = new + _sum_of_squares(weight, None, dtype)
         elif jnp.shape(weight) != jnp.shape(start):
             raise ValueError(
                 f"pretrained must have the shapes of params; got {jnp.shape(start)} for "
@@ -64,20 +69,20 @@ def l2_sp(
                 "in a new head, put None in pretrained."
             )
         else:
-            shared = shared + _sum_of_squares(_wide(weight) - _wide(start))
+            shared = shared + _sum_of_squares(weight, start, dtype)
     # A zero weight drops its term from the graph, so that its leaves are not reached at all.
-    return sum(
-        (0.5 * factor * term for factor, term in ((alpha, shared), (beta, new)) if factor != 0),
-        start=jnp.zeros((), dtype),
-    )
+    value = jnp.zeros((), dtype)
+    for factor, term in ((alpha, shared), (beta, new)):
+        if isinstance(factor, Tracer) or factor != 0:
+            value = value + 0.5 * jnp.asarray(factor, dtype) * term
+    return value
 
 
-def _wide(x: jax.Array) -> jax.Array:
-    return jnp.asarray(x).astype(jnp.promote_types(jnp.float32, jnp.result_type(x)))
-
-
-def _sum_of_squares(x: jax.Array) -> jax.Array:
-    x = _wide(x)
-    return jnp.sum(jnp.square(jnp.real(x))) + (
-        jnp.sum(jnp.square(jnp.imag(x))) if jnp.iscomplexobj(x) else 0
-    )
+def _sum_of_squares(weight: jax.Array, start: jax.Array | None, dtype: np.dtype) -> jax.Array:
+    # The squares themselves: norm(w - w0)**2 has a NaN gradient at w = w0.
+    difference = widened(jnp.asarray(weight), dtype)
+    if start is not None:
+        difference = difference - widened(jnp.asarray(start), dtype)
+    if jnp.iscomplexobj(difference):
+        return jnp.sum(jnp.square(jnp.real(difference)) + jnp.square(jnp.imag(difference)))
+    return jnp.sum(jnp.square(difference))

@@ -1,0 +1,17 @@
+"""The dtype that numbers are computed in, whatever the dtype they are kept in."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+
+def compute_dtype(*dtypes: DTypeLike) -> np.dtype:
+    """The real dtype to compute in: float64 where one of ``dtypes`` is that wide, or float32."""
+    widest = max((jnp.finfo(dtype).bits for dtype in dtypes), default=32)
+    return np.dtype(np.float64 if widest == 64 else np.float32)
+
+
+def widened(x: jax.Array, dtype: np.dtype) -> jax.Array:
+    """``x`` in the real ``dtype``, or in the complex one of its width where ``x`` is complex."""
+    return x.astype(np.promote_types(dtype, np.complex64) if jnp.iscomplexobj(x) else dtype)

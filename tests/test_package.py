@@ -1,0 +1,96 @@
+"""The package as it is installed: what it imports, what it shows, and how its rooms lie."""
+
+import ast
+import inspect
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import dtnh_jax
+
+ROOT = pathlib.Path(dtnh_jax.__file__).parent
+# Each room may import those before it, and none after it.
+ROOMS = [
+    "_tree",
+    "_numerics",
+    "_groups",
+    "_gramian",
+    "_weightings",
+    "_gradients",
+    "_stats",
+    "_transform",
+    "_rules",
+    "regularizers._outputs",
+    "regularizers._weights",
+    "regularizers",
+    "",
+]
+
+
+def public():
+    names = [(name, getattr(dtnh_jax, name)) for name in dtnh_jax.__all__]
+    names += [
+        (f"regularizers.{name}", getattr(dtnh_jax.regularizers, name))
+        for name in dtnh_jax.regularizers.__all__
+    ]
+    return [(name, value) for name, value in names if not inspect.ismodule(value)]
+
+
+def test_import_is_light():
+    """Importing the library brings jax and optax, and none of what the examples need."""
+    script = (
+        "import sys, jax, optax; before = set(sys.modules); import dtnh_jax;"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before};"
+        "print(sorted(new))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    new = set(ast.literal_eval(done.stdout))
+    assert not new & {"flax", "tensorflow", "tensorflow_datasets", "sklearn", "matplotlib"}
+    assert new <= {"dtnh_jax"} | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize(("name", "value"), public())
+def test_docstring_is_whole(name, value):
+    doc = inspect.getdoc(value)
+    assert doc
+    assert "Example:" in doc
+    assert ">>>" in doc
+    if inspect.isfunction(value):
+        for section in ("Args:", "Returns:", "Raises:", "References:"):
+            assert section in doc
+    else:
+        assert "Attributes:" in doc
+
+
+def test_every_public_name_has_its_place_in_the_docs():
+    page = ROOT.parent / "docs" / "api.md"
+    if not page.exists():
+        pytest.skip("the docs are not beside the installed package")
+    listed = re.findall(r"^::: dtnh_jax\.([\w.]+)", page.read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(name for name, _ in public())
+
+
+def test_arrows_go_down():
+    modules = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        .removesuffix("__init__")
+        .rstrip("."): path
+        for path in ROOT.rglob("*.py")
+    }
+    assert sorted(modules) == sorted(ROOMS)
+    for name, path in modules.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith(
+                "dtnh_jax"
+            ):
+                continue
+            base = node.module.removeprefix("dtnh_jax").lstrip(".")
+            for alias in node.names:
+                inner = f"{base}.{alias.name}".lstrip(".")
+                target = inner if inner in modules else base
+                assert ROOMS.index(target) < ROOMS.index(name), f"{name} imports {target}"

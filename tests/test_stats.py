@@ -1,0 +1,157 @@
+"""What conflict_stats reads: against NumPy, in any nesting, inside jit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import direction_of, inner, norm, oracle, random_tree, rule, wide
+
+import dtnh_jax
+
+
+def by_hand(a, b, d, reg_weight):
+    """Cosine, conflict and removed share of one group."""
+    kept = jax.tree.map(lambda x, y: (y - x) / reg_weight, wide(a), wide(d))
+    removed = jax.tree.map(lambda x, y: x - y, wide(b), kept)
+    return inner(a, b) / (norm(a) * norm(b)), inner(a, b) < 0, norm(removed) / norm(b)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("mode", ["conflict", "orthogonal"])
+@pytest.mark.parametrize("scope", ["global", "layer", "leaf", "element"])
+def test_agrees_with_numpy(scope, mode, seed):
+    a, b = random_tree(seed), random_tree(seed + 100)
+    _, state = direction_of(rule("dtnh", 0.7, scope=scope, mode=mode), a, b)
+    stats = dtnh_jax.conflict_stats(state)
+    d = oracle(a, b, 0.7, scope, mode)
+    np.testing.assert_allclose(
+        np.array(stats.total, float), by_hand(a, b, d, 0.7), rtol=1e-4, atol=1e-6
+    )
+    parts = {
+        "global": {"global": lambda tree: tree},
+        "layer": {
+            ".": lambda tree: tree["temperature"],
+            "block/conv": lambda tree: tree["block"]["conv"],
+            "block/norm": lambda tree: tree["block"]["norm"],
+            "dense": lambda tree: tree["dense"],
+        },
+    }.get(
+        scope,
+        {
+            "block/conv/bias": lambda tree: tree["block"]["conv"]["bias"],
+            "block/conv/kernel": lambda tree: tree["block"]["conv"]["kernel"],
+            "block/norm/scale": lambda tree: tree["block"]["norm"]["scale"],
+            "dense/bias": lambda tree: tree["dense"]["bias"],
+            "dense/kernel": lambda tree: tree["dense"]["kernel"],
+            "temperature": lambda tree: tree["temperature"],
+        },
+    )
+    assert stats.groups == tuple(parts)
+    for row, part in enumerate(parts.values()):
+        got = [float(value[row]) for value in stats.per_group]
+        np.testing.assert_allclose(
+            got, by_hand(part(a), part(b), part(d), 0.7), rtol=1e-4, atol=1e-6
+        )
+
+
+def test_weighted_sum_removes_nothing():
+    _, state = direction_of(
+        rule("weighted_sum", 0.7, scope="leaf"), random_tree(0), random_tree(100)
+    )
+    stats = dtnh_jax.conflict_stats(state)
+    assert bool(stats.per_group.conflict.any())
+    np.testing.assert_array_equal(stats.per_group.removed, 0)
+    assert float(stats.total.removed) == 0
+
+
+@pytest.mark.parametrize(("x", "y"), [(1e-30, 1e30), (1e30, 1e-30), (1e-25, 1.0), (1.0, 1e-25)])
+def test_holds_at_any_scale(x, y):
+    a, b = np.float32(A) * np.float32(x), np.float32(B) * np.float32(y)
+    _, state = direction_of(rule("dtnh", 1.0), a, b)
+    stats = dtnh_jax.conflict_stats(state)
+    for part in (stats.total, stats.per_group):
+        np.testing.assert_allclose(part.cosine, -22 / np.sqrt(18 * 38), rtol=1e-5)
+        np.testing.assert_allclose(part.removed, 22 / np.sqrt(18 * 38), rtol=1e-5)
+        assert np.all(part.conflict)
+
+
+A, B = [-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("reg_weight", [1e-6, 1e-3, 1e6])
+def test_removed_share_does_not_depend_on_the_weight(reg_weight):
+    _, state = direction_of(dtnh_jax.dtnh(reg_weight), np.float32(A), np.float32(B))
+    np.testing.assert_allclose(
+        dtnh_jax.conflict_stats(state).total.removed, 22 / np.sqrt(18 * 38), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("zero", ["a", "b", "both", "weight"])
+def test_degenerate_steps_read_zero_and_not_nan(zero):
+    a = np.zeros(3, np.float32) if zero in ("a", "both") else np.float32(A)
+    b = np.zeros(3, np.float32) if zero in ("b", "both") else np.float32(B)
+    _, state = direction_of(dtnh_jax.dtnh(0.0 if zero == "weight" else 1.0), a, b)
+    stats = dtnh_jax.conflict_stats(state)
+    assert float(stats.total.removed) == 0
+    assert bool(stats.total.conflict) is (zero == "weight")
+    assert np.isfinite(stats.total.cosine)
+
+
+def test_before_the_first_step_all_is_zero():
+    stats = dtnh_jax.conflict_stats(dtnh_jax.dtnh(1.0, scope="leaf").init(random_tree(0)))
+    assert not any(np.any(x) for x in jax.tree.leaves(stats))
+
+
+def test_found_in_any_nesting():
+    a, b = random_tree(0), random_tree(100)
+    params = jax.tree.map(jnp.zeros_like, a)
+    link = dtnh_jax.dtnh(0.5, scope="layer")
+    wanted = dtnh_jax.conflict_stats(direction_of(link, a, b)[1])
+    nestings = [
+        optax.chain(link, optax.sgd(0.1)),
+        optax.chain(optax.chain(optax.identity(), link), optax.sgd(0.1, momentum=0.9)),
+        optax.named_chain(("rule", link), ("sgd", optax.sgd(0.1))),
+        optax.inject_hyperparams(lambda rate: optax.chain(link, optax.sgd(rate)))(rate=0.1),
+        optax.apply_if_finite(link, 3),
+    ]
+    with jax.numpy_dtype_promotion("standard"):
+        for tx in nestings:
+            _, state = tx.update(a, tx.init(params), params, reg_grads=b)
+            got = dtnh_jax.conflict_stats(state)
+            assert got.groups == wanted.groups
+            np.testing.assert_allclose(got.per_group.cosine, wanted.per_group.cosine, rtol=1e-5)
+
+
+def test_several_rules_are_reported_side_by_side():
+    params = {"one": jnp.ones(2), "two": jnp.ones(2)}
+    tx = optax.partition(
+        {"first": dtnh_jax.dtnh(1.0), "second": dtnh_jax.weighted_sum(1.0)},
+        {"one": "first", "two": "second"},
+    )
+    stats = dtnh_jax.conflict_stats(tx.init(params))
+    assert stats.groups == ("global", "global#2")
+    assert stats.per_group.cosine.shape == (2,)
+
+
+def test_leaves_a_jitted_step():
+    tx = optax.chain(dtnh_jax.dtnh(0.5, scope="layer"), optax.sgd(0.1))
+    a, b = (jax.tree.map(jnp.asarray, random_tree(i)) for i in (0, 100))
+
+    @jax.jit
+    def step(pair, state):
+        _, state = tx.update(pair, state)
+        return state, dtnh_jax.conflict_stats(state)
+
+    state, stats = step((a, b), tx.init(a))
+    outside = dtnh_jax.conflict_stats(state)
+    assert stats.groups == outside.groups
+    np.testing.assert_allclose(stats.per_group.cosine, outside.per_group.cosine)
+
+
+def test_unreached_group_reads_zero():
+    a, b = random_tree(0), random_tree(100)
+    _, state = direction_of(dtnh_jax.dtnh(0.5, scope="layer"), a, {**b, "dense": None})
+    stats = dtnh_jax.conflict_stats(state)
+    row = stats.groups.index("dense")
+    assert [float(value[row]) for value in stats.per_group] == [0, 0, 0]
