@@ -21,7 +21,7 @@ class GradientPair(NamedTuple):
         reg_grads: ``b``, likewise, without ``λ``. ``None`` in the place of a leaf or a subtree
             that the regularizer does not reach, such as a new head.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, dtnh_jax
         >>> pair = dtnh_jax.GradientPair(
         ...     loss_grads={"backbone": jnp.ones(3), "head": jnp.ones(2)},
@@ -68,7 +68,7 @@ def value_and_gradient_pair(
         TypeError: When called, if ``fun`` returns something else, or ``loss`` or ``reg`` is
             no real floating-point scalar.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp, dtnh_jax
         >>> @jax.jit
         ... @dtnh_jax.value_and_gradient_pair

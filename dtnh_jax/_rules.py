@@ -23,7 +23,7 @@ def dtnh(
     $b = \nabla\Omega(w)$ of a group of leaves, seen as one vector each, the direction is
 
     $$d = a + \lambda\,(b - c^- a), \qquad
-    c^- = \min\Bigl(0, \frac{\langle a,b\rangle}{\lVert a\rVert^2}\Bigr)$$
+    c^- = \min\left(0, \frac{\langle a,b\rangle}{\lVert a\rVert^2}\right)$$
 
     and $c^- = 0$ where $a = 0$. Without conflict, $\langle a,b\rangle \ge 0$, it is exactly the
     weighted sum $a + \lambda b$. It *never hurts* to first order:
@@ -68,7 +68,7 @@ def dtnh(
         TypeError: At `update`, if one tree comes where a pair is due, `reg_grads` comes twice,
             or a leaf is an integer.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, optax, dtnh_jax
         >>> tx = optax.chain(dtnh_jax.dtnh(reg_weight=0.1), optax.sgd(1.0))
         >>> params = jnp.zeros(3)
@@ -120,7 +120,7 @@ def weighted_sum(
         ValueError: As [`dtnh`][dtnh_jax.dtnh] does.
         TypeError: Likewise.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, optax, dtnh_jax
         >>> tx = optax.chain(dtnh_jax.weighted_sum(reg_weight=0.5), optax.sgd(1.0))
         >>> params = jnp.zeros(3)

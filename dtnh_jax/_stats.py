@@ -31,7 +31,7 @@ class PairState(NamedTuple):
             ``None``: a part of the tree's structure, not an array, so it passes through jit,
             scan and checkpoints.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, dtnh_jax
         >>> state = dtnh_jax.dtnh(0.1, scope="leaf").init({"kernel": jnp.zeros((2, 2))})
         >>> isinstance(state, dtnh_jax.PairState), state.groups
@@ -52,7 +52,7 @@ class Conflict(NamedTuple):
         removed: The share of ``‖b‖`` that the rule took away, ``‖b - (d - a)/λ‖ / ‖b‖`` for its
             direction ``d``; 0 where ``λ`` or ``b`` is zero. float.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, dtnh_jax
         >>> tx = dtnh_jax.dtnh(0.1)
         >>> pair = (jnp.array([1.0, 0.0]), jnp.array([-1.0, 0.0]))
@@ -76,7 +76,7 @@ class ConflictStats:
         total: Scalars: all groups as one vector.
         groups: The names of the groups, in the order of ``per_group``.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, dtnh_jax
         >>> stats = dtnh_jax.conflict_stats(dtnh_jax.dtnh(0.1).init(jnp.zeros(2)))
         >>> dict(zip(stats.groups, stats.per_group.cosine.tolist()))
@@ -112,7 +112,7 @@ def conflict_stats(opt_state: Any) -> ConflictStats:
         ValueError: If ``opt_state`` holds no state of a rule, or one with
             ``diagnostics=False``.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp, optax, dtnh_jax
         >>> tx = optax.chain(dtnh_jax.dtnh(0.1, scope="leaf"), optax.adam(1e-3))
         >>> params = {"bias": jnp.zeros(1), "kernel": jnp.zeros(3)}

@@ -204,6 +204,7 @@ def test_kept_part_is_invariant_to_the_scale_of_a(scope, scale):
         dtnh_jax.conflict_stats(state).per_group.cosine,
         dtnh_jax.conflict_stats(plain_state).per_group.cosine,
         rtol=1e-5,
+        atol=1e-6,
     )
 
 

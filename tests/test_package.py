@@ -58,7 +58,7 @@ def test_import_is_light():
 def test_docstring_is_whole(name, value):
     doc = inspect.getdoc(value)
     assert doc
-    assert "Example:" in doc
+    assert "Examples:" in doc
     assert ">>>" in doc
     if inspect.isfunction(value):
         for section in ("Args:", "Returns:", "Raises:", "References:"):

@@ -37,7 +37,7 @@ def distillation(
     Raises:
         ValueError: If the shapes differ or have no class axis, or $T \le 0$.
 
-    Example:
+    Examples:
         >>> import jax.numpy as jnp
         >>> from dtnh_jax import regularizers
         >>> student, teacher = jnp.array([[0.0, 0.0]]), jnp.array([[2.0, 0.0]])

@@ -38,7 +38,7 @@ def l2_sp(
     Raises:
         ValueError: If the trees or shapes do not match; the leaf is named.
 
-    Example:
+    Examples:
         >>> import jax, jax.numpy as jnp
         >>> from dtnh_jax import regularizers
         >>> pretrained = {"backbone": jnp.array([1.0, 2.0]), "head": None}

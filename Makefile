@@ -1,0 +1,51 @@
+# Each target sets up what it needs in $(VENV) by itself.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OLDEST := $(VENV)-oldest
+
+.PHONY: demo test test-oldest lint types docs check clean
+
+demo: $(VENV)/.examples
+	$(BIN)/python -m examples.digits
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+# The lower bounds of the dependencies, without the packages of the examples.
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest dtnh_jax tests
+
+check: lint types docs
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: $(VENV)/.dev
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) $(OLDEST) site results
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.examples: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[examples]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@ $(VENV)/.examples
+
+$(OLDEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet jax==0.6.0 jaxlib==0.6.0 optax==0.2.5 pytest sybil
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
