@@ -341,3 +341,20 @@ def test_non_finite_gradients_are_not_hidden():
     assert not np.isfinite(got["w"]).all()
     by_leaf, _ = direction_of(dtnh_jax.dtnh(1.0, scope="leaf"), a, b)
     assert np.isfinite(by_leaf["v"]).all()
+
+
+@pytest.mark.parametrize("exponent", [*range(-24, -10), *range(13, 22)])
+def test_rescaling_sets_in_before_squares_fail(exponent):
+    """Around both bounds of the plain sums, where some squares under- or overflow already."""
+    a, b = (jax.tree.map(lambda x: x * np.float32(10.0**exponent), random_tree(i)) for i in (0, 9))
+    got, state = direction_of(rule("dtnh", 1.0), a, b)
+    assert relative_error(got, oracle(a, b, 1.0, "global")) <= 1e-6
+    cosine = inner(a, b) / (norm(a) * norm(b))
+    np.testing.assert_allclose(dtnh_jax.conflict_stats(state).total.cosine, cosine, rtol=1e-5)
+
+
+def test_large_weights_of_large_quotients_stay_finite():
+    a, b = np.float32([1e-14, 0]), np.float32([-1e18, 1e18])
+    got, _ = direction_of(rule("dtnh", 1e7), a, b)
+    np.testing.assert_allclose(got[1], 1e25, rtol=1e-6)
+    assert np.isfinite(got).all()

@@ -373,3 +373,14 @@ def test_flax_serialization_round_trip(pair):
     _, after = tx.update(pair, state)
     restored = serialization.from_bytes(state, serialization.to_bytes(after))
     assert_trees_equal(jax.tree.map(jnp.asarray, restored), after)
+
+
+@pytest.mark.usefixtures("x64")
+def test_state_of_float32_params_stays_float32_under_float64_gradients():
+    params = {"w": jnp.ones(3, jnp.float32)}
+    tx = dtnh_jax.dtnh(0.5)
+    state = tx.init(params)
+    grads = {"w": jnp.ones(3, jnp.float64)}
+    direction, after = tx.update((grads, grads), state)
+    assert direction["w"].dtype == jnp.float64
+    assert struct(after) == struct(state)
