@@ -63,7 +63,7 @@ def gramian(
 
     def sums(loss: Sequence[jax.Array], reg: Sequence[jax.Array]) -> jax.Array:
         per_leaf = [
-            jnp.stack([_inner(a, a), _inner(a, b), _inner(b, b)]).astype(dtype)
+            jnp.stack([inner_product(a, a), inner_product(a, b), inner_product(b, b)]).astype(dtype)
             for a, b in zip(loss, reg, strict=True)
         ]
         return jnp.sum(_gather(jnp.stack(per_leaf, axis=1), members), axis=-1)
@@ -74,8 +74,8 @@ def gramian(
 
     def rescaled(loss: Sequence[jax.Array], reg: Sequence[jax.Array]) -> Gramian:
         loss_scale, reg_scale = _power_of_two(largest(loss)), _power_of_two(largest(reg))
-        loss = [_divided(a, loss_scale[row]) for a, row in zip(loss, rows, strict=True)]
-        reg = [_divided(b, reg_scale[row]) for b, row in zip(reg, rows, strict=True)]
+        loss = [divided(a, loss_scale[row]) for a, row in zip(loss, rows, strict=True)]
+        reg = [divided(b, reg_scale[row]) for b, row in zip(reg, rows, strict=True)]
         loss_sq, inner, reg_sq = sums(loss, reg)
         return Gramian(loss_sq, inner, reg_sq, loss_scale, reg_scale)
 
@@ -140,29 +140,28 @@ def combine(
         The direction, in ``a``'s dtype.
     """
     wide_a, wide_b, dtype = _widened_pair(a, b)
-    a_unit, b_unit = _divided(wide_a, loss_scale), _divided(wide_b, reg_scale)
-    return _changed(wide_a, a_unit, b_unit, loss_shift, reg, dtype).astype(a.dtype)
+    a_unit, b_unit = divided(wide_a, loss_scale), divided(wide_b, reg_scale)
+    # a + (change), not α a + β b: without conflict the change is λ b to the last bit.
+    return (wide_a + _change(a_unit, b_unit, loss_shift, reg, dtype)).astype(a.dtype)
 
 
 def combine_elements(
     a: jax.Array, b: jax.Array, loss_shift: jax.Array, reg: jax.Array
-) -> jax.Array:
-    """:func:`combine` with a factor for each element, whose ``â`` and ``b̂`` are signs."""
+) -> tuple[jax.Array, jax.Array]:
+    """:func:`combine` with a factor for each element, whose ``â`` and ``b̂`` are signs.
+
+    Returns:
+        The direction, and its change ``d - a`` before that was rounded.
+    """
     wide_a, wide_b, dtype = _widened_pair(a, b)
-    a_unit, b_unit = jnp.sign(wide_a), jnp.sign(wide_b)
-    return _changed(wide_a, a_unit, b_unit, loss_shift, reg, dtype).astype(a.dtype)
+    change = _change(jnp.sign(wide_a), jnp.sign(wide_b), loss_shift, reg, dtype)
+    return (wide_a + change).astype(a.dtype), change
 
 
-def _changed(
-    a: jax.Array,
-    a_unit: jax.Array,
-    b_unit: jax.Array,
-    loss_shift: jax.Array,
-    reg: jax.Array,
-    dtype: np.dtype,
+def _change(
+    a_unit: jax.Array, b_unit: jax.Array, loss_shift: jax.Array, reg: jax.Array, dtype: np.dtype
 ) -> jax.Array:
-    # a + (change), not α a + β b: without conflict the change is λ b to the last bit.
-    return a + (_times(loss_shift.astype(dtype), a_unit) + _times(reg.astype(dtype), b_unit))
+    return times(loss_shift.astype(dtype), a_unit) + times(reg.astype(dtype), b_unit)
 
 
 def _widened_pair(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, np.dtype]:
@@ -173,13 +172,15 @@ def _widened_pair(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, np.
     return wide_a, wide_b, dtype
 
 
-def _divided(x: jax.Array, scale: jax.Array) -> jax.Array:
-    # The scale is a power of two: to multiply by its reciprocal is exact, and faster.
+def divided(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """``x / scale`` for a power of two."""
+    # To multiply by its reciprocal is exact too, and faster.
     dtype = compute_dtype(x.dtype, scale.dtype)
-    return _times((1 / scale).astype(dtype), widened(x, dtype))
+    return times((1 / scale).astype(dtype), widened(x, dtype))
 
 
-def _times(factor: jax.Array, x: jax.Array) -> jax.Array:
+def times(factor: jax.Array, x: jax.Array) -> jax.Array:
+    """``factor x`` for a real factor, without a complex product."""
     if jnp.iscomplexobj(x):
         return jax.lax.complex(factor * jnp.real(x), factor * jnp.imag(x))
     return factor * x
@@ -193,7 +194,8 @@ def _product(a: jax.Array, b: jax.Array) -> jax.Array:
     return product
 
 
-def _inner(a: jax.Array, b: jax.Array) -> jax.Array:
+def inner_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """The real inner product of two leaves, a scalar."""
     # Multiply and sum in place: a ravel would gather a sharded leaf on every device.
     return jnp.sum(_product(a, b))
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dtnh_jax._gramian import Gramian
+from dtnh_jax._gramian import Gramian, divided, inner_product, times
 from dtnh_jax._tree import unbox
 from dtnh_jax._weightings import Weights
 
@@ -186,11 +186,14 @@ def removed_share(gram: Gramian, weights: Weights, reg_weight: jax.Array) -> jax
 
 
 def removed_share_of_leaf(
-    each: Gramian, weights: Weights, reg_weight: jax.Array, leaf: Gramian
+    b: jax.Array, change: jax.Array, reg_weight: jax.Array, leaf: Gramian
 ) -> jax.Array:
-    """:func:`removed_share` of a leaf whose elements, ``each``, are groups of their own."""
-    part = removed_share(each, weights, reg_weight) * (each.reg_scale / leaf.reg_scale)
-    return jnp.sqrt(_ratio(jnp.sum(part**2), leaf.reg_sq))
+    """:func:`removed_share` of a leaf from its ``d - a``, where each element is a group."""
+    asked = reg_weight * leaf.reg_scale
+    factor = _ratio(jnp.ones_like(asked), asked).astype(jnp.finfo(change.dtype).dtype)
+    removed = divided(b, leaf.reg_scale).astype(change.dtype) - times(factor, change)
+    share = jnp.sqrt(_ratio(inner_product(removed, removed).astype(asked.dtype), leaf.reg_sq))
+    return jnp.where(reg_weight > 0, share, 0)
 
 
 def _total(each: Measurement) -> Conflict:

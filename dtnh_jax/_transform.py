@@ -171,10 +171,11 @@ def _combined_by_element(
     for a, b, row in zip(these.loss_leaves, these.reg_leaves, these.rows, strict=True):
         each = element_gramian(a, b)
         weights = weighting(each, reg_weight.astype(each.inner.dtype))
-        directions.append(combine_elements(a, b, *weights))
+        direction, change = combine_elements(a, b, *weights)
+        directions.append(direction)
         if gram is not None:
             leaf = Gramian(*(of_row[row] for of_row in gram))
-            removed[row] = removed_share_of_leaf(each, weights, reg_weight, leaf)
+            removed[row] = removed_share_of_leaf(b, change, reg_weight, leaf)
     if gram is None:
         return directions, None
     return directions, measure(gram, jnp.asarray(removed, reg_weight.dtype))
