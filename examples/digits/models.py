@@ -1,0 +1,105 @@
+"""A small ResNet for grey images, in Flax NNX, as trees that go through `jax.jit`."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from examples.digits.data import N_CLASSES
+
+
+class Network(NamedTuple):
+    """A network as two nested dicts of arrays, with ``"head"`` as one key of the first.
+
+    Attributes:
+        params: What gradients are taken of.
+        batch_stats: The running averages of batch norm.
+    """
+
+    params: Any
+    batch_stats: Any
+
+
+class BasicBlock(nnx.Module):
+    """Two 3×3 convolutions beside a shortcut."""
+
+    def __init__(self, width_in: int, width_out: int, stride: int, *, rngs: nnx.Rngs):
+        self.conv1 = _conv(width_in, width_out, 3, stride, rngs)
+        self.norm1 = _norm(width_out, rngs)
+        self.conv2 = _conv(width_out, width_out, 3, 1, rngs)
+        self.norm2 = _norm(width_out, rngs)
+        is_identity = stride == 1 and width_in == width_out
+        self.shortcut = None if is_identity else _conv(width_in, width_out, 1, stride, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``(n, height, width, channels)`` to its like, smaller by the stride."""
+        residual = nnx.relu(self.norm1(self.conv1(x)))
+        residual = self.norm2(self.conv2(residual))
+        return nnx.relu(residual + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class ResNet(nnx.Module):
+    """Three basic blocks between a stem and a linear head."""
+
+    def __init__(self, widths: tuple[int, int, int], *, rngs: nnx.Rngs):
+        self.stem_conv = _conv(1, widths[0], 3, 1, rngs)
+        self.stem_norm = _norm(widths[0], rngs)
+        self.block1 = BasicBlock(widths[0], widths[0], 1, rngs=rngs)
+        self.block2 = BasicBlock(widths[0], widths[1], 2, rngs=rngs)
+        self.block3 = BasicBlock(widths[1], widths[2], 2, rngs=rngs)
+        self.head = nnx.Linear(widths[2], N_CLASSES, rngs=rngs)
+
+    def features(self, images: jax.Array) -> jax.Array:
+        """What the head sees of ``(n, height, width, 1)`` images: ``(n, channels)``."""
+        x = nnx.relu(self.stem_norm(self.stem_conv(images)))
+        x = self.block3(self.block2(self.block1(x)))
+        return jnp.mean(x, axis=(1, 2))
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits, ``(n, n_classes)``."""
+        return self.head(self.features(images))
+
+
+def init(widths: tuple[int, int, int], seed: int) -> Network:
+    """A network with random weights."""
+    model = ResNet(widths, rngs=nnx.Rngs(seed))
+    return Network(_as_dicts(model, nnx.Param), batch_stats(model))
+
+
+def build(network: Network, widths: tuple[int, int, int]) -> ResNet:
+    """The model that has the arrays of ``network``."""
+    without_arrays = nnx.eval_shape(lambda: ResNet(widths, rngs=nnx.Rngs(0)))
+    return nnx.merge(nnx.graphdef(without_arrays), network.params, network.batch_stats)
+
+
+def batch_stats(model: ResNet) -> Any:
+    """The running averages of batch norm, as after the last forward pass in training mode."""
+    return _as_dicts(model, nnx.BatchStat)
+
+
+def in_network_order(names: Iterable[str], widths: tuple[int, int, int]) -> list[str]:
+    """Sorts names of layers, or of arrays in them, from the image to the logits."""
+    layers = list(_layer_names(ResNet(widths, rngs=nnx.Rngs(0))))
+    return sorted(names, key=lambda name: [not name.startswith(layer) for layer in layers])
+
+
+def _layer_names(module: nnx.Module, prefix: str = "") -> Iterator[str]:
+    for name, child in vars(module).items():
+        if isinstance(child, nnx.Module):
+            yield from _layer_names(child, f"{prefix}{name}/")
+            yield f"{prefix}{name}"
+
+
+def _as_dicts(model: ResNet, kind: type[nnx.Variable]) -> Any:
+    return nnx.to_pure_dict(nnx.state(model, kind))
+
+
+def _conv(width_in: int, width_out: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
+    return nnx.Conv(width_in, width_out, (size, size), strides=stride, use_bias=False, rngs=rngs)
+
+
+def _norm(width: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    # A fine-tuning of a few hundred steps is too short for running averages of the usual 0.99.
+    return nnx.BatchNorm(width, momentum=0.9, rngs=rngs)

@@ -1,0 +1,226 @@
+"""What the numbers say: a table, a few sentences, and the files."""
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from examples.digits.config import Config
+from examples.digits.figure import draw
+from examples.digits.results import PLAIN, SOURCES, FineTuning, Method, Results
+
+COLUMNS = ("source", "regularizer", "λ", "rule", "accuracy", "− plain", "− sum", "conflict")
+MARKS = {"helps": " ▲", "hurts": " ▼", "within the spread": ""}
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A difference in accuracy, run against run of the same seed, in percentage points."""
+
+    mean: float
+    deviation: float
+
+    @property
+    def verdict(self) -> str:
+        """Whether the difference stands out of its spread over the seeds."""
+        if abs(self.mean) <= self.deviation:
+            return "within the spread"
+        return "helps" if self.mean > 0 else "hurts"
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f} ± {self.deviation:.1f}".replace("-", "−")
+
+
+def report(results: Results, cfg: Config) -> None:
+    """Prints the table and what it shows; writes figure, table and numbers to ``cfg.out``."""
+    rows, sentences = table_rows(results), summary(results, cfg)
+    console = Console(highlight=False)
+    console.print(as_rich(rows))
+    for sentence in sentences:
+        console.print(sentence)
+
+    picture = io.BytesIO()
+    draw(results, cfg).savefig(picture, format="png", dpi=150)
+    files = {
+        "figure.png": picture.getvalue(),
+        "table.md": as_markdown(rows, sentences).encode(),
+        "results.json": json.dumps(as_json(results, cfg), indent=1).encode(),
+    }
+    cfg.out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write(cfg.out / name, content)
+    console.print(f"{results.seconds:.0f} s. Written to {cfg.out}: {', '.join(files)}.")
+
+
+def table_rows(results: Results) -> list[list[str]]:
+    """The cells of the table, a row for each source and method."""
+    rows = []
+    for source, method in results.settings():
+        values = accuracies(results, source, method)
+        row = [
+            source,
+            "none",
+            "",
+            "",
+            f"{values.mean():.1f} ± {values.std(ddof=1):.1f}",
+            "",
+            "",
+            "",
+        ]
+        if method != PLAIN:
+            plain, weighted_sum = against_plain(results, source, method), ""
+            if method.rule != "weighted_sum":
+                weighted_sum = marked(against_weighted_sum(results, source, method))
+            conflict = f"{100 * conflict_rate(results.of(source, method)):.0f} %"
+            row[1:4] = method.regularizer, f"{method.reg_weight:g}", method.rule
+            row[5:] = marked(plain), weighted_sum, conflict
+        rows.append(row)
+    return rows
+
+
+def summary(results: Results, cfg: Config) -> list[str]:
+    """What the numbers show, in sentences."""
+    regularized = [setting for setting in results.settings() if setting[1] != PLAIN]
+    with_dtnh = [setting for setting in regularized if setting[1].rule == "dtnh"]
+    with_sum = [setting for setting in regularized if setting[1].rule == "weighted_sum"]
+    gains = [against_weighted_sum(results, *setting) for setting in with_dtnh]
+    (fitted, fit_held_out), (memorised, unfit_held_out) = (
+        100 * np.mean(results.source_accuracy[source], axis=0) for source in SOURCES
+    )
+    where = "parameter tensors" if cfg.scope in ("leaf", "element") else f"{cfg.scope} groups"
+    sentences = [
+        f"Accuracy in % on {cfg.evaluate_on} images of the target, mean ± standard deviation over "
+        f"{cfg.seeds} seeds. Differences, in points, pair the runs of a seed: against fine-tuning "
+        "from the same source without a regularizer (plain), and against weighted_sum (sum). "
+        "▲ helps, ▼ hurts: the mean is farther from 0 than the standard deviation. Conflict: the "
+        f"share of steps and {where} in which the two gradients conflict.",
+        f"The fitting source gets {fitted:.1f} % of its training images and {fit_held_out:.1f} % "
+        f"of held-out source images right. The unfitting source has learnt {memorised:.1f} % of "
+        f"its random labels and gets {unfit_held_out:.1f} % of held-out images right.",
+    ]
+    for source in SOURCES:
+        gap = difference(accuracies(results, source, PLAIN), accuracies(results, "scratch", PLAIN))
+        sentences.append(
+            f"Plain fine-tuning from the {source} source against training from scratch: {gap} "
+            f"points, {gap.verdict}."
+        )
+    for rule, of_rule in (("weighted_sum", with_sum), ("dtnh", with_dtnh)):
+        verdicts = [against_plain(results, *setting).verdict for setting in of_rule]
+        sentences.append(f"{rule} against plain fine-tuning, {counted(verdicts)}.")
+    sentences.append(
+        f"dtnh against weighted_sum, {counted([gain.verdict for gain in gains])}; "
+        f"{np.mean([gain.mean for gain in gains]):+.1f} points on average."
+    )
+    diverged = sum(not np.isfinite(run.cosine).all() for run in results.fine_tunings)
+    if diverged:
+        sentences.append(
+            f"{diverged} of {len(results.fine_tunings)} fine-tunings diverged: their gradients "
+            "were no longer finite, and their accuracy is that of chance."
+        )
+    if any(against_plain(results, *setting).verdict == "hurts" for setting in with_dtnh):
+        sentences.append(
+            "What dtnh promises is that its direction does not raise the loss of the mini-batch, "
+            "to first order. Accuracy on held-out images is another matter: ▼ shows where it fell."
+        )
+    return sentences
+
+
+def counted(verdicts: list[str]) -> str:
+    """How often each verdict was given."""
+    counts = ", ".join(f"{verdict} in {verdicts.count(verdict)}" for verdict in MARKS)
+    return f"{len(verdicts)} settings: {counts}"
+
+
+def marked(each: Difference) -> str:
+    """The difference with its verdict as a mark."""
+    return f"{each}{MARKS[each.verdict]}"
+
+
+def as_rich(rows: list[list[str]]) -> Table:
+    """The table for a terminal of 80 columns: a section for each source."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for header in ("regularizer", *COLUMNS[2:]):
+        table.add_column(header, no_wrap=True)
+    for source, section in itertools.groupby(rows, key=lambda row: row[0]):
+        table.add_row(f"[bold]{source}[/bold]")
+        for row in section:
+            table.add_row(*row[1:])
+    return table
+
+
+def as_markdown(rows: list[list[str]], sentences: list[str]) -> str:
+    """The table and the sentences, to be pasted into a page."""
+    lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
+    return "\n".join(lines) + "\n\n" + "\n".join(sentences) + "\n"
+
+
+def accuracies(results: Results, source: str, method: Method) -> np.ndarray:
+    """The accuracy after the last step, in percent, for each seed."""
+    return np.array([100 * run.accuracy[-1] for run in results.of(source, method)])
+
+
+def conflict_rate(runs: Sequence[FineTuning]) -> float:
+    """The share of (step, group) in which the gradients conflict."""
+    return float(np.mean([run.conflict for run in runs]))
+
+
+def difference(these: np.ndarray, those: np.ndarray) -> Difference:
+    """The difference of paired accuracies."""
+    paired = these - those
+    return Difference(float(paired.mean()), float(paired.std(ddof=1)))
+
+
+def against_plain(results: Results, source: str, method: Method) -> Difference:
+    """Against fine-tuning from the same source without a regularizer."""
+    return difference(accuracies(results, source, method), accuracies(results, source, PLAIN))
+
+
+def against_weighted_sum(results: Results, source: str, method: Method) -> Difference:
+    """Against the weighted sum of the same gradients with the same weight."""
+    weighted_sum = dataclasses.replace(method, rule="weighted_sum")
+    return difference(
+        accuracies(results, source, method), accuracies(results, source, weighted_sum)
+    )
+
+
+def as_json(results: Results, cfg: Config) -> dict[str, object]:
+    """Config, versions and the numbers of each run."""
+    packages = ("dtnh_jax", "jax", "optax", "flax", "numpy", "scikit-learn")
+    return {
+        "config": dataclasses.asdict(cfg) | {"out": str(cfg.out)},
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in packages},
+        "device": jax.devices()[0].device_kind,
+        "seconds": round(results.seconds, 1),
+        "source_accuracy": results.source_accuracy,
+        "fine_tunings": [
+            {
+                "seed": run.seed,
+                "source": run.source,
+                **dataclasses.asdict(run.method),
+                "accuracy": run.accuracy.tolist(),
+                "conflict_rate": conflict_rate([run]),
+                "conflict_rate_of_group": dict(
+                    zip(run.groups, run.conflict.mean(axis=0).tolist(), strict=True)
+                ),
+            }
+            for run in results.fine_tunings
+        ],
+    }
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)
