@@ -54,7 +54,7 @@ def value_and_gradient_pair(
     Args:
         fun: Returns ``(loss, reg)``, two real scalars, or ``((loss, reg), aux)`` with
             ``has_aux=True``. ``reg`` comes without its weight, which the rule multiplies after
-            the projection.
+            the projection. It may be a tuple of scalars, for a rule of several weights.
         argnums: Which positional arguments to differentiate by, as in `jax.value_and_grad`.
         has_aux: Whether ``fun`` returns auxiliary data, such as batch-norm statistics, besides.
 
@@ -62,7 +62,7 @@ def value_and_gradient_pair(
         A function with the arguments of ``fun`` that returns ``((loss, reg), pair)`` or
         ``(((loss, reg), aux), pair)``; ``pair`` is a
         [`GradientPair`][dtnh_jax.GradientPair] of trees like the argument (tuples of trees for
-        several ``argnums``).
+        several ``argnums``); for a tuple of regularizers its ``reg_grads`` is a tuple of those.
 
     Raises:
         TypeError: When called, if ``fun`` returns something else, or ``loss`` or ``reg`` is
@@ -92,17 +92,24 @@ def value_and_gradient_pair(
 
         (loss, reg), tangents, aux = jax.linearize(terms, wrt, has_aux=True)
 
-        def loss_tangent(wrt: PyTree) -> jax.Array:
-            return tangents(wrt)[0]
+        def gradient(pick: Callable[[Any], jax.Array]) -> tuple[PyTree, Callable[..., Any]]:
+            # A transpose of one linear map for each gradient, not pull-backs with a zero: a zero
+            # would be carried through the whole network, which XLA does not simplify away.
+            def tangent(wrt: PyTree) -> jax.Array:
+                return pick(tangents(wrt))
 
-        def reg_tangent(wrt: PyTree) -> jax.Array:
-            return tangents(wrt)[1]
+            (grads,) = jax.linear_transpose(tangent, wrt)(jnp.ones_like(pick((loss, reg))))
+            return grads, tangent
 
-        # Two transposes of one linear map each, not two pull-backs with a zero: a zero would
-        # be carried through the whole network, which XLA does not simplify away.
-        (loss_grads,) = jax.linear_transpose(loss_tangent, wrt)(jnp.ones_like(loss))
-        (reg_grads,) = jax.linear_transpose(reg_tangent, wrt)(jnp.ones_like(reg))
-        pair = GradientPair(loss_grads, _without_unreached(reg_grads, reg_tangent, wrt))
+        loss_grads, _ = gradient(lambda terms: terms[0])
+        if isinstance(reg, tuple):
+            reg_grads = tuple(
+                _without_unreached(*gradient(lambda terms, k=k: terms[1][k]), wrt)
+                for k in range(len(reg))
+            )
+        else:
+            reg_grads = _without_unreached(*gradient(lambda terms: terms[1]), wrt)
+        pair = GradientPair(loss_grads, reg_grads)
         return (((loss, reg), aux) if has_aux else (loss, reg)), pair
 
     return value_and_pair
@@ -129,7 +136,7 @@ def _split_arguments(
     return (wrt[0] if isinstance(argnums, int) else wrt), fun_of_wrt
 
 
-def _checked_terms(result: Any, has_aux: bool) -> tuple[tuple[jax.Array, jax.Array], Any]:
+def _checked_terms(result: Any, has_aux: bool) -> tuple[tuple[jax.Array, Any], Any]:
     wanted = "((loss, reg), aux)" if has_aux else "(loss, reg)"
 
     def refuse(got: str) -> None:
@@ -146,13 +153,16 @@ def _checked_terms(result: Any, has_aux: bool) -> tuple[tuple[jax.Array, jax.Arr
         terms, aux = result
     if not isinstance(terms, tuple | list) or len(terms) != 2:
         refuse(_described(terms))
-    for name, term in zip(("loss", "reg"), terms, strict=True):
+    loss, reg = terms
+    several = isinstance(reg, tuple | list)
+    named = [("loss", loss)]
+    named += [(f"reg[{k}]", one) for k, one in enumerate(reg)] if several else [("reg", reg)]
+    for name, term in named:
         if not is_array(term) or jnp.ndim(term) != 0:
             refuse(f"{name} = {_described(term)}")
         if not jnp.issubdtype(jnp.result_type(term), jnp.floating):
             refuse(f"{name} of dtype {jnp.result_type(term)}")
-    loss, reg = terms
-    return (jnp.asarray(loss), jnp.asarray(reg)), aux
+    return (jnp.asarray(loss), tuple(map(jnp.asarray, reg)) if several else jnp.asarray(reg)), aux
 
 
 def _described(value: Any) -> str:

@@ -1,9 +1,11 @@
 """Inner products of two lists of leaves, group by group, and the combination they lead to.
 
 The two passes over memory that every rule is made of. Symbols, here and in ``_weightings``:
-one group of leaves is one vector; ``a`` is the loss gradient of a group, ``b`` the regularizer's.
+one group of leaves is one vector; ``r`` is the reference that a group is held to, the loss gradient
+``a`` itself unless another one was asked for; ``b`` is the group's regularizer gradient.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,28 +18,28 @@ from dtnh_jax._numerics import compute_dtype, widened
 
 
 class Gramian(NamedTuple):
-    r"""The Gramian of ``â = a / loss_scale`` and ``b̂ = b / reg_scale`` in each group.
+    r"""The Gramian of ``r̂ = r / ref_scale`` and ``b̂ = b / reg_scale`` in each group.
 
     The scales are powers of two, and 1 unless the squares of the group over- or underflow: what
     is computed from the Gramian stays exact, and gradients from 1e-38 to 1e38 keep their angle.
 
     Attributes:
-        loss_sq: ``‖â‖²``, one number for each group.
-        inner: ``⟨â, b̂⟩``, likewise.
+        ref_sq: ``‖r̂‖²``, one number for each group.
+        inner: ``⟨r̂, b̂⟩``, likewise.
         reg_sq: ``‖b̂‖²``, likewise.
-        loss_scale: The power of two that was divided out of ``a``, likewise.
+        ref_scale: The power of two that was divided out of ``r``, likewise.
         reg_scale: The power of two that was divided out of ``b``, likewise.
     """
 
-    loss_sq: jax.Array
+    ref_sq: jax.Array
     inner: jax.Array
     reg_sq: jax.Array
-    loss_scale: jax.Array
+    ref_scale: jax.Array
     reg_scale: jax.Array
 
 
 def gramian(
-    loss_leaves: Sequence[jax.Array],
+    ref_leaves: Sequence[jax.Array],
     reg_leaves: Sequence[jax.Array],
     rows: Sequence[int],
     n_rows: int,
@@ -45,26 +47,26 @@ def gramian(
     """The Gramian of each group, in one pass over both lists.
 
     Args:
-        loss_leaves: The leaves of ``a``, real or complex.
-        reg_leaves: The leaves of ``b``, shapes as in ``loss_leaves``.
+        ref_leaves: The leaves of ``r``, real or complex.
+        reg_leaves: The leaves of ``b``, shapes as in ``ref_leaves``.
         rows: The group of each leaf.
         n_rows: How many groups there are; one without leaves has a Gramian of zeros.
 
     Returns:
         Arrays of shape ``(n_rows,)``, in float32 or the widest dtype of the leaves.
     """
-    dtype = compute_dtype(*(leaf.dtype for leaf in [*loss_leaves, *reg_leaves]))
+    dtype = compute_dtype(*(leaf.dtype for leaf in [*ref_leaves, *reg_leaves]))
     ones = jnp.ones(n_rows, dtype)
-    if not loss_leaves:
+    if not ref_leaves:
         return no_gramian(n_rows, dtype)
     members = _members(rows, n_rows)
     sizes = np.zeros(n_rows)
-    np.add.at(sizes, list(rows), [leaf.size for leaf in loss_leaves])
+    np.add.at(sizes, list(rows), [leaf.size for leaf in ref_leaves])
 
-    def sums(loss: Sequence[jax.Array], reg: Sequence[jax.Array]) -> jax.Array:
+    def sums(ref: Sequence[jax.Array], reg: Sequence[jax.Array]) -> jax.Array:
         per_leaf = [
-            jnp.stack([inner_product(a, a), inner_product(a, b), inner_product(b, b)]).astype(dtype)
-            for a, b in zip(loss, reg, strict=True)
+            jnp.stack([inner_product(r, r), inner_product(r, b), inner_product(b, b)]).astype(dtype)
+            for r, b in zip(ref, reg, strict=True)
         ]
         return jnp.sum(_gather(jnp.stack(per_leaf, axis=1), members), axis=-1)
 
@@ -72,20 +74,20 @@ def gramian(
         per_leaf = jnp.stack([_max_abs(leaf).astype(dtype) for leaf in leaves])
         return jnp.max(_gather(per_leaf, members), axis=-1)
 
-    def rescaled(loss: Sequence[jax.Array], reg: Sequence[jax.Array]) -> Gramian:
-        loss_scale, reg_scale = _power_of_two(largest(loss)), _power_of_two(largest(reg))
-        loss = [divided(a, loss_scale[row]) for a, row in zip(loss, rows, strict=True)]
+    def rescaled(ref: Sequence[jax.Array], reg: Sequence[jax.Array]) -> Gramian:
+        ref_scale, reg_scale = _power_of_two(largest(ref)), _power_of_two(largest(reg))
+        ref = [divided(r, ref_scale[row]) for r, row in zip(ref, rows, strict=True)]
         reg = [divided(b, reg_scale[row]) for b, row in zip(reg, rows, strict=True)]
-        loss_sq, inner, reg_sq = sums(loss, reg)
-        return Gramian(loss_sq, inner, reg_sq, loss_scale, reg_scale)
+        ref_sq, inner, reg_sq = sums(ref, reg)
+        return Gramian(ref_sq, inner, reg_sq, ref_scale, reg_scale)
 
-    loss_sq, inner, reg_sq = sums(loss_leaves, reg_leaves)
+    ref_sq, inner, reg_sq = sums(ref_leaves, reg_leaves)
     # A cond, not a where: the second look at the leaves is taken only by a step that needs it.
     return jax.lax.cond(
-        jnp.all(_in_range(loss_sq, sizes) & _in_range(reg_sq, sizes)),
-        lambda loss, reg: Gramian(loss_sq, inner, reg_sq, ones, ones),
+        jnp.all(_in_range(ref_sq, sizes) & _in_range(reg_sq, sizes)),
+        lambda ref, reg: Gramian(ref_sq, inner, reg_sq, ones, ones),
         rescaled,
-        list(loss_leaves),
+        list(ref_leaves),
         list(reg_leaves),
     )
 
@@ -96,80 +98,78 @@ def no_gramian(n_rows: int, dtype: DTypeLike) -> Gramian:
     return Gramian(zeros, zeros, zeros, ones, ones)
 
 
-def element_gramian(a: jax.Array, b: jax.Array) -> Gramian:
-    """The Gramian of each element of a leaf: ``â`` and ``b̂`` are signs, the scales magnitudes.
+def element_gramian(r: jax.Array, b: jax.Array) -> Gramian:
+    """The Gramian of each element of a leaf: ``r̂`` and ``b̂`` are signs, the scales magnitudes.
 
     Args:
-        a: One leaf of the loss gradient, real or complex.
+        r: One leaf of the reference, real or complex.
         b: The same leaf of the regularizer's gradient, of the same shape.
 
     Returns:
         Arrays of the leaf's shape.
     """
-    dtype = compute_dtype(a.dtype, b.dtype)
-    a, b = widened(a, dtype), widened(b, dtype)
-    a_unit, b_unit = jnp.sign(a), jnp.sign(b)
+    dtype = compute_dtype(r.dtype, b.dtype)
+    r, b = widened(r, dtype), widened(b, dtype)
+    r_hat, b_hat = jnp.sign(r), jnp.sign(b)
     return Gramian(
-        loss_sq=_product(a_unit, a_unit),
-        inner=_product(a_unit, b_unit),
-        reg_sq=_product(b_unit, b_unit),
-        loss_scale=jnp.abs(a),
+        ref_sq=_product(r_hat, r_hat),
+        inner=_product(r_hat, b_hat),
+        reg_sq=_product(b_hat, b_hat),
+        ref_scale=jnp.abs(r),
         reg_scale=jnp.abs(b),
     )
 
 
-def combine(
-    a: jax.Array,
+def change(
+    r: jax.Array,
     b: jax.Array,
-    loss_shift: jax.Array,
+    ref_shift: jax.Array,
     reg: jax.Array,
-    loss_scale: jax.Array,
+    ref_scale: jax.Array,
     reg_scale: jax.Array,
 ) -> jax.Array:
-    """One leaf of ``d = a + loss_shift â + reg b̂``, in one pass.
+    """One leaf of ``ref_shift r̂ + reg b̂``: what a rule adds to the loss gradient.
 
     Args:
-        a: The leaf of the loss gradient.
+        r: The leaf of the reference.
         b: The leaf of the regularizer's gradient, of the same shape.
-        loss_shift: The factor of ``â``, a scalar.
+        ref_shift: The factor of ``r̂``, a scalar.
         reg: The factor of ``b̂``, a scalar.
-        loss_scale: The power of two in ``â = a / loss_scale``.
+        ref_scale: The power of two in ``r̂ = r / ref_scale``.
         reg_scale: The power of two in ``b̂ = b / reg_scale``.
 
     Returns:
-        The direction, in ``a``'s dtype.
+        The change, in float32 or wider.
     """
-    wide_a, wide_b, dtype = _widened_pair(a, b)
-    a_unit, b_unit = divided(wide_a, loss_scale), divided(wide_b, reg_scale)
-    # a + (change), not α a + β b: without conflict the change is λ b to the last bit.
-    return (wide_a + _change(a_unit, b_unit, loss_shift, reg, dtype)).astype(a.dtype)
+    dtype = compute_dtype(r.dtype, b.dtype)
+    r_hat, b_hat = widened(divided(r, ref_scale), dtype), widened(divided(b, reg_scale), dtype)
+    return _sum(times(ref_shift.astype(dtype), r_hat), times(reg.astype(dtype), b_hat))
 
 
-def combine_elements(
-    a: jax.Array, b: jax.Array, loss_shift: jax.Array, reg: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """:func:`combine` with a factor for each element, whose ``â`` and ``b̂`` are signs.
+def element_change(r: jax.Array, b: jax.Array, ref_shift: jax.Array, reg: jax.Array) -> jax.Array:
+    """:func:`change` with a factor for each element, whose ``r̂`` and ``b̂`` are signs."""
+    dtype = compute_dtype(r.dtype, b.dtype)
+    r_hat, b_hat = jnp.sign(widened(r, dtype)), jnp.sign(widened(b, dtype))
+    return _sum(times(ref_shift.astype(dtype), r_hat), times(reg.astype(dtype), b_hat))
 
-    Returns:
-        The direction, and its change ``d - a`` before that was rounded.
+
+def changed(a: jax.Array, changes: Sequence[jax.Array]) -> jax.Array:
+    """One leaf of the direction ``d = a + changes``, in ``a``'s dtype.
+
+    ``a`` plus the change, not ``α a + β b``: without conflict the change is ``λ b`` to the last
+    bit.
     """
-    wide_a, wide_b, dtype = _widened_pair(a, b)
-    change = _change(jnp.sign(wide_a), jnp.sign(wide_b), loss_shift, reg, dtype)
-    return (wide_a + change).astype(a.dtype), change
+    dtype = compute_dtype(a.dtype, *(each.dtype for each in changes))
+    wide = [widened(each, dtype) for each in changes]
+    direction = functools.reduce(_sum, wide[1:], wide[0])
+    return _sum(widened(a, dtype), direction).astype(a.dtype)
 
 
-def _change(
-    a_unit: jax.Array, b_unit: jax.Array, loss_shift: jax.Array, reg: jax.Array, dtype: np.dtype
-) -> jax.Array:
-    return times(loss_shift.astype(dtype), a_unit) + times(reg.astype(dtype), b_unit)
-
-
-def _widened_pair(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, np.dtype]:
-    dtype = compute_dtype(a.dtype, b.dtype)
-    wide_a, wide_b = widened(a, dtype), widened(b, dtype)
-    if jnp.iscomplexobj(wide_a):
-        wide_b = wide_b.astype(wide_a.dtype)
-    return wide_a, wide_b, dtype
+def _sum(x: jax.Array, y: jax.Array) -> jax.Array:
+    if jnp.iscomplexobj(x) != jnp.iscomplexobj(y):
+        complex_dtype = np.result_type(x.dtype, y.dtype)
+        return x.astype(complex_dtype) + y.astype(complex_dtype)
+    return x + y
 
 
 def divided(x: jax.Array, scale: jax.Array) -> jax.Array:
@@ -186,18 +186,18 @@ def times(factor: jax.Array, x: jax.Array) -> jax.Array:
     return factor * x
 
 
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
-    dtype = compute_dtype(a.dtype, b.dtype)
-    product = jnp.real(a).astype(dtype) * jnp.real(b).astype(dtype)
-    if jnp.iscomplexobj(a) and jnp.iscomplexobj(b):
-        product = product + jnp.imag(a).astype(dtype) * jnp.imag(b).astype(dtype)
+def _product(x: jax.Array, y: jax.Array) -> jax.Array:
+    dtype = compute_dtype(x.dtype, y.dtype)
+    product = jnp.real(x).astype(dtype) * jnp.real(y).astype(dtype)
+    if jnp.iscomplexobj(x) and jnp.iscomplexobj(y):
+        product = product + jnp.imag(x).astype(dtype) * jnp.imag(y).astype(dtype)
     return product
 
 
-def inner_product(a: jax.Array, b: jax.Array) -> jax.Array:
+def inner_product(x: jax.Array, y: jax.Array) -> jax.Array:
     """The real inner product of two leaves, a scalar."""
     # Multiply and sum in place: a ravel would gather a sharded leaf on every device.
-    return jnp.sum(_product(a, b))
+    return jnp.sum(_product(x, y))
 
 
 def _max_abs(x: jax.Array) -> jax.Array:

@@ -15,3 +15,9 @@ def compute_dtype(*dtypes: DTypeLike) -> np.dtype:
 def widened(x: jax.Array, dtype: np.dtype) -> jax.Array:
     """``x`` in the real ``dtype``, or in the complex one of its width where ``x`` is complex."""
     return x.astype(np.promote_types(dtype, np.complex64) if jnp.iscomplexobj(x) else dtype)
+
+
+def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """``numerator / denominator``, 0 where the denominator is 0, with finite derivatives there."""
+    nonzero = denominator != 0
+    return jnp.where(nonzero, numerator / jnp.where(nonzero, denominator, 1), 0)

@@ -1,4 +1,4 @@
-"""The rules that join two gradients, one public function each."""
+"""The rule of the project and its baseline."""
 
 from typing import Literal
 
@@ -6,14 +6,39 @@ import optax
 
 from dtnh_jax import _weightings
 from dtnh_jax._groups import Mask, Scope
-from dtnh_jax._transform import RegWeight, pair_transformation
+from dtnh_jax._reference import Reference
+from dtnh_jax._transform import Choices, RegWeight, Rule, pair_transformation
+
+Mode = Literal["conflict", "orthogonal"]
+Action = Literal["project", "gate", "cosine"]
+
+
+def dtnh_rule(mode: Mode, action: Action) -> Rule:
+    """The rule of :func:`dtnh` with these choices."""
+    if mode not in ("conflict", "orthogonal"):
+        raise ValueError(f"mode must be 'conflict' or 'orthogonal'; got {mode!r}.")
+    actions = {
+        "project": _weightings.project if mode == "conflict" else _weightings.orthogonal,
+        "gate": _weightings.gate,
+        "cosine": _weightings.cosine,
+    }
+    if action not in actions:
+        raise ValueError(f"action must be 'project', 'gate' or 'cosine'; got {action!r}.")
+    if mode == "orthogonal" and action != "project":
+        raise ValueError(
+            f"mode='orthogonal' is a way to project; got it with action={action!r}, which acts on "
+            "conflict alone. Leave out one of the two."
+        )
+    return Rule(actions[action])
 
 
 def dtnh(
     reg_weight: RegWeight,
     *,
     scope: Scope = "global",
-    mode: Literal["conflict", "orthogonal"] = "conflict",
+    mode: Mode = "conflict",
+    action: Action = "project",
+    reference: Reference = "batch",
     mask: Mask = None,
     diagnostics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -30,7 +55,9 @@ def dtnh(
     $\langle d,a\rangle = \lVert a\rVert^2 + \lambda\max(0, \langle a,b\rangle) \ge
     \lVert a\rVert^2$, in each group and so in total. The inequality is about the loss gradient
     of this mini-batch and about this direction: momentum, Adam and weight decay after it, and
-    the noise of the mini-batch, are outside it.
+    the noise of the mini-batch, are outside it. `reference`, `action` and a finer `scope` are the
+    ways to a stronger rule; [`decoupled`][dtnh_jax.decoupled] takes the regularizer out of the
+    optimizer's momentum.
 
     The result is an optax transformation that turns a pair of gradients into one direction, to
     stand first in `optax.chain`. Its `update` takes the pair,
@@ -42,7 +69,8 @@ def dtnh(
 
     Args:
         reg_weight: $\lambda \ge 0$, a number or an optax schedule of the step. It multiplies
-            after the projection.
+            after the projection. A sequence of them for several regularizers: `reg_grads` is then
+            a sequence of as many trees, each held against the reference by itself.
         scope: Which leaves are one vector. `"global"`: all that the regularizer reaches;
             `"layer"`: those under one parent in the tree, such as kernel and bias of a layer;
             `"leaf"`: every array; `"element"`: every number, so that $b$ is dropped where its
@@ -51,6 +79,14 @@ def dtnh(
             structure of params (a name may stand for a subtree).
         mode: `"conflict"` removes on conflict only, as above. `"orthogonal"` removes the
             component along $a$ always, $c$ for $c^-$, as the authors' published code does.
+        action: What is done to $b$. `"project"`, as above; `"gate"` drops all of $b$ in a
+            group in conflict; `"cosine"` weighs $b$ by $\max(0, \cos(a, b))$.
+        reference: What $b$ is held against, $r$ in the place of $a$ in $c^-$: `"batch"` is $a$
+            itself. An optax transformation makes another one from $a$: `optax.ema(0.99)`, the
+            mean over many batches, `optax.trace(0.9)`, the momentum of SGD,
+            `optax.scale_by_adam()`, Adam's step. Then $\langle d - a, r\rangle \ge 0$ is
+            promised, and the inequality above is not. It costs the transformation's state, for an
+            average one tree of the size of params.
         mask: `None`, or a tree of booleans with the structure of params (one may stand for a
             subtree), or a function from params to it: `False` where the regularizer shall not
             act.
@@ -63,10 +99,10 @@ def dtnh(
         dtypes of `loss_grads`; inner products are taken in float32, or wider if a leaf is.
 
     Raises:
-        ValueError: If `reg_weight` is negative or NaN, or `scope` or `mode` unknown; at
+        ValueError: If `reg_weight` is negative or NaN, or `scope`, `mode` or `action` unknown; at
             `update`, if trees or shapes do not match, or the state is of other params.
-        TypeError: At `update`, if one tree comes where a pair is due, `reg_grads` comes twice,
-            or a leaf is an integer.
+        TypeError: If `reference` is none; at `update`, if one tree comes where a pair is due,
+            `reg_grads` comes twice, or a leaf is an integer.
 
     Examples:
         >>> import jax.numpy as jnp, optax, dtnh_jax
@@ -77,16 +113,21 @@ def dtnh(
         >>> print(-updates)
         [-3.8888888  1.2222222  1.2222222]
 
+        Held against a slow average, element by element:
+
+        >>> strong = dtnh_jax.dtnh(0.1, scope="element", reference=optax.ema(0.99))
+        >>> direction, _ = strong.update(pair, strong.init(params), params)
+        >>> print(direction)
+        [-4.   1.1  1.1]
+
     References:
         Wan, Xiong, Li, Zhu, Huan, *Towards Making Deep Transfer Learning Never Hurt*, ICDM 2019
-        (arXiv:1911.07489); Xiong et al., *GrOD*, ACM TKDD 2022 (doi:10.1145/3530836).
+        (arXiv:1911.07489); Xiong et al., *GrOD*, ACM TKDD 2022 (doi:10.1145/3530836). An average
+        as reference: Hsieh et al., *BLOOP* (arXiv:2402.02998). The cosine: Du et al., *Adapting
+        Auxiliary Losses Using Gradient Similarity* (arXiv:1812.02224).
     """
-    weightings = {"conflict": _weightings.conflict, "orthogonal": _weightings.orthogonal}
-    if mode not in weightings:
-        raise ValueError(f"mode must be 'conflict' or 'orthogonal'; got {mode!r}.")
-    return pair_transformation(
-        weightings[mode], reg_weight, scope=scope, mask=mask, diagnostics=diagnostics
-    )
+    choices = Choices(reg_weight, scope, mask, diagnostics, reference)
+    return pair_transformation(dtnh_rule(mode, action), choices)
 
 
 def weighted_sum(
@@ -105,7 +146,8 @@ def weighted_sum(
     by changing a name.
 
     Args:
-        reg_weight: $\lambda \ge 0$, a number or an optax schedule of the step.
+        reg_weight: $\lambda \ge 0$, a number or an optax schedule of the step, or a sequence of
+            them for as many regularizers.
         scope: Which leaves are one group in the diagnostics; the direction does not depend
             on it.
         mask: `False` where the regularizer shall not act, as in [`dtnh`][dtnh_jax.dtnh].
@@ -133,11 +175,5 @@ def weighted_sum(
         Li, Grandvalet, Davoine, *Explicit Inductive Bias for Transfer Learning with
         Convolutional Networks*, ICML 2018 (arXiv:1802.01483), whose training this is.
     """
-    return pair_transformation(
-        _weightings.weighted_sum,
-        reg_weight,
-        scope=scope,
-        mask=mask,
-        diagnostics=diagnostics,
-        needs_gramian=False,
-    )
+    rule = Rule(_weightings.weighted_sum, needs_gramian=False)
+    return pair_transformation(rule, Choices(reg_weight, scope, mask, diagnostics))

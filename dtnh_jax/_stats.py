@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from dtnh_jax._gramian import Gramian, divided, inner_product, times
+from dtnh_jax._numerics import ratio
 from dtnh_jax._tree import unbox
 from dtnh_jax._weightings import Weights
 
@@ -15,7 +17,7 @@ from dtnh_jax._weightings import Weights
 class Measurement(NamedTuple):
     """The numbers that the diagnostics are made from, arrays of shape ``(groups,)``."""
 
-    loss_norm: jax.Array
+    ref_norm: jax.Array
     reg_norm: jax.Array
     cosine: jax.Array
     removed: jax.Array
@@ -30,6 +32,7 @@ class PairState(NamedTuple):
         groups: The names of the groups, in the order of the arrays, as keys of a mapping to
             ``None``: a part of the tree's structure, not an array, so it passes through jit,
             scan and checkpoints.
+        reference: The state of the reference: empty, or the transformation's that makes it.
 
     Examples:
         >>> import jax.numpy as jnp, dtnh_jax
@@ -41,6 +44,7 @@ class PairState(NamedTuple):
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     measurement: Measurement | None
     groups: dict[str, None]
+    reference: Any = optax.EmptyState()
 
 
 class Conflict(NamedTuple):
@@ -166,23 +170,47 @@ def no_measurement(n_rows: int, dtype: Any) -> Measurement:
     return Measurement(*(jnp.zeros(n_rows, dtype) for _ in Measurement._fields))
 
 
+def join(measurements: list[Measurement | None], before: Measurement | None) -> Measurement | None:
+    """The measurements of several regularizers, row under row, in the dtypes of ``before``."""
+    made = [each for each in measurements if each is not None]
+    if not made or before is None:
+        return None
+    # The state keeps its dtypes whatever the gradients' are: a scan carries it.
+    return Measurement(
+        *(
+            jnp.concatenate([each.astype(old.dtype) for each in column])
+            for *column, old in zip(*made, before, strict=True)
+        )
+    )
+
+
 def measure(gram: Gramian, removed: jax.Array) -> Measurement:
     """The measurement of each group, from numbers that the rule has computed anyway."""
-    loss_norm, reg_norm = jnp.sqrt(gram.loss_sq), jnp.sqrt(gram.reg_sq)
+    ref_norm, reg_norm = jnp.sqrt(gram.ref_sq), jnp.sqrt(gram.reg_sq)
     return Measurement(
-        loss_norm=loss_norm * gram.loss_scale,
+        ref_norm=ref_norm * gram.ref_scale,
         reg_norm=reg_norm * gram.reg_scale,
-        cosine=jnp.clip(_ratio(gram.inner, loss_norm * reg_norm), -1, 1),
+        cosine=jnp.clip(ratio(gram.inner, ref_norm * reg_norm), -1, 1),
         removed=removed,
     )
 
 
 def removed_share(gram: Gramian, weights: Weights, reg_weight: jax.Array) -> jax.Array:
     """``‖b - (d - a)/λ‖ / ‖b‖`` of each group, for a direction ``d`` with these weights."""
+    ref_norm, reg_norm = jnp.sqrt(gram.ref_sq), jnp.sqrt(gram.reg_sq)
+    cos = ratio(gram.inner, ref_norm * reg_norm)
     asked = reg_weight * gram.reg_scale
-    shift, rest = _ratio(weights.loss_shift, asked), _ratio(weights.reg - asked, asked)
-    removed_sq = shift**2 * gram.loss_sq + 2 * shift * rest * gram.inner + rest**2 * gram.reg_sq
-    return jnp.sqrt(jnp.maximum(_ratio(removed_sq, gram.reg_sq), 0))
+    # The rule's r̂ and b̂ parts in units of λ‖b‖. A rule that scales the loss gradient may leave a
+    # tiny b with shares beyond any meaning, whose squares shall not overflow.
+    limit = _largest_share(cos)
+    x = jnp.clip(ratio(weights.ref_shift * ref_norm, asked * reg_norm), -limit, limit)
+    y = jnp.clip(ratio(weights.reg - asked, asked), -limit, limit)
+    removed_sq = jnp.maximum(x**2 + 2 * x * y * cos + y**2, 0)
+    return jnp.where(gram.reg_sq > 0, jnp.sqrt(removed_sq), 0)
+
+
+def _largest_share(x: jax.Array) -> float:
+    return float(jnp.finfo(x.dtype).max) ** 0.25
 
 
 def removed_share_of_leaf(
@@ -190,32 +218,27 @@ def removed_share_of_leaf(
 ) -> jax.Array:
     """:func:`removed_share` of a leaf from its ``d - a``, where each element is a group."""
     asked = reg_weight * leaf.reg_scale
-    factor = _ratio(jnp.ones_like(asked), asked).astype(jnp.finfo(change.dtype).dtype)
+    factor = ratio(jnp.ones_like(asked), asked).astype(jnp.finfo(change.dtype).dtype)
     removed = divided(b, leaf.reg_scale).astype(change.dtype) - times(factor, change)
-    share = jnp.sqrt(_ratio(inner_product(removed, removed).astype(asked.dtype), leaf.reg_sq))
-    return jnp.where(reg_weight > 0, share, 0)
+    share = jnp.sqrt(ratio(inner_product(removed, removed).astype(asked.dtype), leaf.reg_sq))
+    return jnp.where(reg_weight > 0, jnp.minimum(share, _largest_share(share)), 0)
 
 
 def _total(each: Measurement) -> Conflict:
     # Norms relative to the largest: their squares neither over- nor underflow.
-    loss_norm, reg_norm = _relative(each.loss_norm), _relative(each.reg_norm)
-    loss_sq, reg_sq = jnp.sum(loss_norm**2, axis=-1), jnp.sum(reg_norm**2, axis=-1)
-    inner = jnp.sum(each.cosine * loss_norm * reg_norm, axis=-1)
+    ref_norm, reg_norm = _relative(each.ref_norm), _relative(each.reg_norm)
+    ref_sq, reg_sq = jnp.sum(ref_norm**2, axis=-1), jnp.sum(reg_norm**2, axis=-1)
+    inner = jnp.sum(each.cosine * ref_norm * reg_norm, axis=-1)
     removed_sq = jnp.sum((each.removed * reg_norm) ** 2, axis=-1)
     return Conflict(
-        cosine=jnp.clip(_ratio(inner, jnp.sqrt(loss_sq) * jnp.sqrt(reg_sq)), -1, 1),
+        cosine=jnp.clip(ratio(inner, jnp.sqrt(ref_sq) * jnp.sqrt(reg_sq)), -1, 1),
         conflict=inner < 0,
-        removed=jnp.sqrt(_ratio(removed_sq, reg_sq)),
+        removed=jnp.sqrt(ratio(removed_sq, reg_sq)),
     )
 
 
 def _relative(norms: jax.Array) -> jax.Array:
-    return _ratio(norms, jnp.max(norms, axis=-1, keepdims=True, initial=0))
-
-
-def _ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    nonzero = denominator != 0
-    return jnp.where(nonzero, numerator / jnp.where(nonzero, denominator, 1), 0)
+    return ratio(norms, jnp.max(norms, axis=-1, keepdims=True, initial=0))
 
 
 def _unique(names: list[str]) -> tuple[str, ...]:

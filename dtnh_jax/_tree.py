@@ -116,3 +116,13 @@ def lay_over(other: PyTree, tree: PyTree, *, what: str, over: str, one_for_many:
             f"which {over} lacks."
         )
     return found
+
+
+def check_same_shape(name: str, weight: Any, start: Any) -> None:
+    """Refuses a pre-trained leaf that has another shape than the parameter of that name."""
+    if np.shape(weight) != np.shape(start):
+        raise ValueError(
+            f"pretrained must have the shapes of params; got {np.shape(start)} for "
+            f"{np.shape(weight)} at {name!r}. Where there is no pre-trained value, such as in a "
+            "new head, put None in pretrained."
+        )

@@ -11,6 +11,13 @@ def strict_promotion():
 
 
 @pytest.fixture
+def standard_promotion(strict_promotion):
+    """What users of Optax's Adam and averages have, which promote silently."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
 def x64():
     jax.config.update("jax_enable_x64", True)
     yield

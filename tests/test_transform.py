@@ -30,13 +30,6 @@ def pair():
     return dtnh_jax.GradientPair(*(jax.tree.map(jnp.asarray, random_tree(i)) for i in (0, 100)))
 
 
-@pytest.fixture
-def standard_promotion():
-    # Optax's Adam promotes silently; its users do.
-    with jax.numpy_dtype_promotion("standard"):
-        yield
-
-
 def struct(tree):
     return jax.tree.map(lambda x: (x.shape, x.dtype, x.weak_type), tree)
 

@@ -6,7 +6,7 @@ import numpy as np
 from jax.core import Tracer
 
 from dtnh_jax._numerics import compute_dtype, widened
-from dtnh_jax._tree import PyTree, is_absent, lay_over, leaf_names, leaves_of
+from dtnh_jax._tree import PyTree, check_same_shape, is_absent, lay_over, leaf_names, leaves_of
 
 
 def l2_sp(
@@ -62,13 +62,8 @@ def l2_sp(
             continue
         if is_absent(start):
             new = new + _sum_of_squares(weight, None, dtype)
-        elif jnp.shape(weight) != jnp.shape(start):
-            raise ValueError(
-                f"pretrained must have the shapes of params; got {jnp.shape(start)} for "
-                f"{jnp.shape(weight)} at {name!r}. Where there is no pre-trained value, such as "
-                "in a new head, put None in pretrained."
-            )
         else:
+            check_same_shape(name, weight, start)
             shared = shared + _sum_of_squares(weight, start, dtype)
     # A zero weight drops its term from the graph, so that its leaves are not reached at all.
     value = jnp.zeros((), dtype)

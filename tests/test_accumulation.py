@@ -1,0 +1,105 @@
+"""accumulate_pairs: k micro-batches are one big batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import random_tree, relative_error
+
+import dtnh_jax
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def optimizer(name):
+    rule = dtnh_jax.dtnh(0.5, scope="layer", reference=optax.ema(0.9))
+    return {
+        "sgd": optax.chain(rule, optax.sgd(0.1, momentum=0.9)),
+        "adam": optax.chain(rule, optax.adam(0.1)),
+        "decoupled": dtnh_jax.decoupled(optax.adam(0.1), 0.5, learning_rate=0.1),
+    }[name]
+
+
+def tree(seed):
+    return jax.tree.map(jnp.asarray, random_tree(seed))
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("name", ["sgd", "adam", "decoupled"])
+def test_micro_batches_are_one_big_batch(name, k):
+    inner = optimizer(name)
+    tx = dtnh_jax.accumulate_pairs(inner, k)
+    params = tree(50)
+    state, big_state = tx.init(params), inner.init(params)
+    update = jax.jit(tx.update)
+    for step in range(3):
+        micro = [
+            (tree(10 * step + i), {**tree(500 + 10 * step + i), "dense": None}) for i in range(k)
+        ]
+        for i, pair in enumerate(micro):
+            updates, state = update(pair, state, params)
+            if i < k - 1:
+                assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(updates))
+        mean = jax.tree.map(lambda *xs: jnp.mean(jnp.stack(xs), 0), *micro)
+        wanted, big_state = inner.update(mean, big_state, params)
+        assert relative_error(updates, wanted) <= 1e-5
+    assert optax.tree.get(state, "mini_step") == 0
+    for x, y in zip(jax.tree.leaves(state.optimizer), jax.tree.leaves(big_state), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+
+
+def test_scan_keeps_state_and_reg_grads_style():
+    tx = dtnh_jax.accumulate_pairs(optimizer("adam"), 2)
+    params, a, b = tree(50), tree(0), tree(100)
+    state, updates = jax.lax.scan(
+        lambda state, scale: tx.update(
+            jax.tree.map(lambda x: scale * x, a), state, params, reg_grads=b
+        )[::-1],
+        tx.init(params),
+        jnp.array([1.0, 2.0, 3.0, 4.0]),
+    )
+    moved = [bool(jnp.any(x != 0)) for x in updates["dense"]["kernel"]]
+    assert moved == [False, True, False, True]
+    assert int(state.optimizer[1][0].count) == 2
+    assert dtnh_jax.conflict_stats(state).groups
+
+
+def test_sums_have_the_dtype_asked_for():
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tree(0))
+    tx = dtnh_jax.accumulate_pairs(optimizer("sgd"), 2, accumulator_dtype=jnp.float32)
+    state = tx.init(params)
+    assert {x.dtype for x in jax.tree.leaves(state.sums)} == {jnp.dtype(jnp.float32)}
+    updates, after = tx.update((params, params), state, params)
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_projecting_each_micro_batch_is_another_method():
+    """Why the pairs are averaged, and not the directions."""
+    params = jnp.zeros(2)
+    pairs = [
+        (jnp.array([1.0, 0.0]), jnp.array([-1.0, 0.0])),
+        (jnp.array([0.0, 1.0]), jnp.array([0.0, -1.0])),
+    ]
+    rule = dtnh_jax.dtnh(1.0)
+    tx = dtnh_jax.accumulate_pairs(optax.chain(rule, optax.sgd(1.0)), 2)
+    state = tx.init(params)
+    for pair in pairs:
+        updates, state = tx.update(pair, state, params)
+    np.testing.assert_allclose(updates, [-0.5, -0.5])
+    apart = [rule.update(pair, rule.init(params))[0] for pair in pairs]
+    np.testing.assert_allclose(sum(apart) / 2, [0.5, 0.5])
+
+
+def test_errors():
+    inner = optimizer("sgd")
+    with pytest.raises(ValueError, match=r"every_k must be at least 1.*got 0"):
+        dtnh_jax.accumulate_pairs(inner, 0)
+    for bad in (2.0, True, None):
+        with pytest.raises(TypeError, match="every_k must be an integer"):
+            dtnh_jax.accumulate_pairs(inner, bad)
+    tx = dtnh_jax.accumulate_pairs(inner, 2)
+    params = tree(0)
+    with pytest.raises(TypeError, match="as a pair"):
+        tx.update(params, tx.init(params), params)

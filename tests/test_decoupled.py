@@ -1,0 +1,163 @@
+"""decoupled and add_l2_sp: the optimizer sees the loss alone, and the regularizer cannot hurt."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import inner, norm, oracle, random_tree, relative_error, wide
+
+import dtnh_jax
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+SCHEDULE = optax.exponential_decay(0.1, 1, 0.5)
+OPTIMIZERS = {
+    "sgd": lambda rate: optax.sgd(rate),
+    "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
+    "adam": lambda rate: optax.adam(rate),
+    "adamw": lambda rate: optax.adamw(rate, weight_decay=0.1),
+    "lion": lambda rate: optax.lion(rate),
+    "muon": lambda rate: optax.contrib.muon(rate),
+}
+
+
+def tree(seed):
+    return jax.tree.map(jnp.asarray, random_tree(seed))
+
+
+def difference(x, y):
+    return jax.tree.map(lambda x, y: x - y, wide(x), wide(y))
+
+
+@pytest.mark.parametrize("rate", [0.1, SCHEDULE], ids=["constant", "schedule"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("scope", ["global", "layer", "element"])
+def test_regularizer_never_raises_the_loss_whatever_the_optimizer(name, scope, rate):
+    optimizer = OPTIMIZERS[name](rate)
+    tx = dtnh_jax.decoupled(optimizer, 3.0, learning_rate=rate, scope=scope)
+    params = tree(50)
+    state, alone_state = tx.init(params), optimizer.init(params)
+    update, alone = jax.jit(tx.update), jax.jit(optimizer.update)
+    for step in range(3):
+        a, b = tree(step), tree(100 + step)
+        updates, state = update((a, b), state, params)
+        without, alone_state = alone(a, alone_state, params)
+        part = difference(updates, without)
+        gamma = float(rate(step)) if callable(rate) else rate
+        change = difference(oracle(a, b, 3.0, scope), a)
+        wanted = jax.tree.map(lambda x, gamma=gamma: -gamma * x, change)
+        assert relative_error(part, wanted) <= 1e-4
+        assert inner(part, a) <= 1e-5 * norm(part) * norm(a)
+
+
+def test_regularizer_stays_out_of_the_momentum():
+    params = {"w": jnp.zeros(2)}
+    a, b = {"w": jnp.array([0.0, 1.0])}, {"w": jnp.array([1.0, 0.0])}
+    zero = {"w": jnp.zeros(2)}
+    optimizer = optax.sgd(1.0, momentum=0.9)
+    for tx, left_over in [
+        (dtnh_jax.decoupled(optimizer, 1.0, learning_rate=1.0), 0.0),
+        (optax.chain(dtnh_jax.dtnh(1.0), optimizer), -0.9),
+    ]:
+        _, state = tx.update((a, b), tx.init(params), params)
+        updates, _ = tx.update((zero, zero), state, params)
+        assert float(updates["w"][0]) == pytest.approx(left_over)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_held_against_the_optimizers_own_step(name):
+    optimizer = OPTIMIZERS[name](0.1)
+    tx = dtnh_jax.decoupled(optimizer, 3.0, learning_rate=0.1, reference="update")
+    params = tree(50)
+    state, alone_state = tx.init(params), optimizer.init(params)
+    for step in range(2):
+        a, b = tree(step), tree(100 + step)
+        updates, state = tx.update((a, b), state, params)
+        without, alone_state = optimizer.update(a, alone_state, params)
+        part = difference(updates, without)
+        assert inner(part, without) >= -1e-5 * norm(part) * norm(without)
+
+
+def test_unreached_leaves_are_the_optimizers():
+    optimizer = optax.adam(0.1)
+    tx = dtnh_jax.decoupled(
+        optimizer, 1.0, learning_rate=0.1, scope="element", reference=optax.ema(0.99)
+    )
+    params, a, b = tree(50), tree(0), {**tree(100), "dense": None}
+    updates, state = tx.update((a, b), tx.init(params), params)
+    without, _ = optimizer.update(a, optimizer.init(params), params)
+    for x, y in zip(*map(jax.tree.leaves, (updates["dense"], without["dense"])), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert dtnh_jax.conflict_stats(state).per_group.cosine.shape == (6,)
+
+
+def test_both_call_styles_scan_and_a_lone_tree():
+    tx = dtnh_jax.decoupled(optax.sgd(0.1, momentum=0.9), 1.0, learning_rate=SCHEDULE)
+    params, a, b = tree(50), tree(0), tree(100)
+    by_pair, _ = tx.update((a, b), tx.init(params), params)
+    by_name, _ = tx.update(a, tx.init(params), params, reg_grads=b)
+    assert relative_error(by_pair, by_name) == 0
+    state, _ = jax.lax.scan(
+        lambda state, _: tx.update((a, b), state, params)[::-1], tx.init(params), None, length=3
+    )
+    assert int(state.rule.count) == 3
+    with pytest.raises(TypeError, match="as a pair"):
+        tx.update(a, tx.init(params), params)
+
+
+# add_l2_sp
+
+
+def test_add_l2_sp_without_conflict_is_decay_towards_the_start():
+    params = {"w": jnp.array([2.0, -2.0])}
+    start = {"w": jnp.array([1.0, -1.0])}
+    grads = {"w": jnp.array([1.0, -1.0])}
+    tx = dtnh_jax.add_l2_sp(start, 0.5)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], [1.5, -1.5])
+    decay = optax.add_decayed_weights(0.5)
+    from_zero = dtnh_jax.add_l2_sp({"w": jnp.zeros(2)}, 0.5)
+    got, _ = from_zero.update(grads, from_zero.init(params), params)
+    wanted, _ = decay.update(grads, decay.init(params), params)
+    np.testing.assert_allclose(got["w"], wanted["w"])
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "leaf", "element"])
+def test_add_l2_sp_never_opposes_the_update(scope):
+    params, start, grads = tree(0), {**tree(1), "dense": None}, tree(2)
+    tx = optax.chain(
+        optax.scale_by_adam(),
+        dtnh_jax.add_l2_sp(start, 3.0, scope=scope),
+        optax.scale_by_learning_rate(0.1),
+    )
+    adam = optax.adam(0.1)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    without, _ = adam.update(grads, adam.init(params), params)
+    assert inner(updates, without) >= norm(without) ** 2 * (1 - 1e-5)
+    np.testing.assert_allclose(updates["dense"]["bias"], without["dense"]["bias"], rtol=1e-6)
+    assert bool(dtnh_jax.conflict_stats(state).total.conflict) in (True, False)
+
+
+def test_add_l2_sp_takes_the_gradient_of_the_regularizer():
+    params, start = tree(0), {**tree(1), "dense": None}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    tx = dtnh_jax.add_l2_sp(start, 1.0)
+    updates, _ = tx.update(zero, tx.init(params), params)
+    wanted = jax.grad(dtnh_jax.regularizers.l2_sp)(params, start)
+    assert relative_error(updates, wanted) <= 1e-6
+
+
+def test_add_l2_sp_errors():
+    params = tree(0)
+    tx = dtnh_jax.add_l2_sp({**tree(1), "dense": None}, 1.0)
+    with pytest.raises(ValueError, match=r"add_l2_sp wants the params"):
+        tx.update(params, tx.init(params))
+    tx = dtnh_jax.add_l2_sp({"block": None}, 1.0)
+    with pytest.raises(ValueError, match=r"pretrained must have the structure of params"):
+        tx.update(params, tx.init(params), params)
+    tx = dtnh_jax.add_l2_sp(jax.tree.map(lambda x: x[None], params), 1.0)
+    with pytest.raises(
+        ValueError, match=r"pretrained must have the shapes of params.*'block/conv/bias'"
+    ):
+        tx.update(params, tx.init(params), params)
