@@ -30,15 +30,23 @@ def panel(ax, a, b, title):
     ax.text(*(b * 0.45 + [-0.22 if c < 0 else 0.14, -0.05]), "$b$", color=ORANGE, fontsize=15)
     if c < 0:
         arrow(ax, b, kept, GREY, linestyle="--", lw=1.4)
-        ax.text(*((b + kept) / 2 + [0, 0.12]), r"$-c^{\mathrm{–}}a$", color=GREY, ha="center", fontsize=13)
+        ax.text(
+            *((b + kept) / 2 + [0, 0.12]),
+            r"$-c^{\mathrm{–}}a$",
+            color=GREY,
+            ha="center",
+            fontsize=13,
+        )
         arrow(ax, (0, 0), kept, ORANGE, alpha=0.55)
-        ax.text(-0.06, kept[1] * 0.68, r"$b-c^{\mathrm{–}}a$", color=ORANGE, ha="right", fontsize=13)
+        ax.text(
+            -0.06, kept[1] * 0.68, r"$b-c^{\mathrm{–}}a$", color=ORANGE, ha="right", fontsize=13
+        )
         arrow(ax, (0, 0), a + b, GREY, lw=1.6)
         ax.text(*(a + b + [0.06, 0.1]), r"$a+\lambda b$", color=GREY, fontsize=13)
     d = a + kept
     arrow(ax, (0, 0), d, GREEN, lw=3)
     label = "$d$" if c < 0 else r"$d=a+\lambda b$"
-    ax.text(*(d + [0.12, 0.04]), label, color=GREEN, fontsize=16)
+    ax.text(d[0] + 0.12, d[1] + 0.04, label, color=GREEN, fontsize=16)
     ax.set(xlim=(-1.9, 3.1), ylim=(-0.6, 2.3), aspect="equal", xticks=[], yticks=[])
     ax.set_title(title, fontsize=13)
     ax.spines[:].set_visible(False)

@@ -1,7 +1,12 @@
-"""Formulas as MathML at build time, so that a page needs no script from elsewhere."""
+"""What mkdocs does to a page: tables from the tests, and formulas as MathML.
+
+MathML made at build time needs no script from elsewhere.
+"""
 
 import html
+import pathlib
 import re
+import runpy
 from typing import Any
 
 from latex2mathml.converter import convert
@@ -9,6 +14,18 @@ from latex2mathml.converter import convert
 FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
 )
+
+
+COMPOSITION = "<!-- the tables of tests/composition.py -->"
+
+
+def on_page_markdown(markdown: str, **kwargs: Any) -> str:
+    """Puts the tables that the tests hold to in the place of their marker; mkdocs calls it."""
+    del kwargs
+    if COMPOSITION not in markdown:
+        return markdown
+    tested = pathlib.Path(__file__).parents[1] / "tests" / "composition.py"
+    return markdown.replace(COMPOSITION, runpy.run_path(str(tested))["as_markdown"]())
 
 
 def on_page_content(output: str, **kwargs: Any) -> str:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dtnh_jax._gradients import GradientPair
 from dtnh_jax._gramian import changed
 from dtnh_jax._groups import Mask, Scope
 from dtnh_jax._numerics import widened
@@ -198,7 +199,8 @@ def add_l2_sp(
                 "add_l2_sp wants the params that it pulls back to the pre-trained ones: call "
                 "tx.update(grads, state, params)."
             )
-        return rule.update(updates, state, params, reg_grads=_displacement(params, pretrained))
+        pair = GradientPair(updates, _displacement(params, pretrained))
+        return rule.update(pair, state, params)
 
     return optax.GradientTransformationExtraArgs(rule.init, update)
 

@@ -38,10 +38,12 @@ class Gramian(NamedTuple):
     reg_scale: jax.Array
 
 
+# Outside jit, the branch below would be compiled anew at each call.
+@functools.partial(jax.jit, static_argnames=("rows", "n_rows"), inline=True)
 def gramian(
-    ref_leaves: Sequence[jax.Array],
-    reg_leaves: Sequence[jax.Array],
-    rows: Sequence[int],
+    ref_leaves: list[jax.Array],
+    reg_leaves: list[jax.Array],
+    rows: tuple[int, ...],
     n_rows: int,
 ) -> Gramian:
     """The Gramian of each group, in one pass over both lists.

@@ -1,5 +1,6 @@
 """The optax link that every rule is: a pair of gradients in, one direction out."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -198,6 +199,7 @@ def unpack(updates: PyTree, reg_grads: PyTree | None, params: PyTree | None) -> 
                 "reg_grads came twice: in the pair and as reg_grads=. "
                 f"{RIGHT_CALLS}; not both at once."
             )
+        _refuse_multi_steps()
         return GradientPair(updates, reg_grads)
     is_params_like = params is not None and _same_structure(updates, params)
     if pair is None or (is_params_like and not isinstance(updates, GradientPair)):
@@ -219,7 +221,9 @@ def _changes(
     """The change of each leaf that one regularizer reaches, and what was measured."""
     refs = [jnp.asarray(ref_leaves[index]) for index in reg_leaves]
     regs = list(reg_leaves.values())
-    rows = [row for row in (groups.row_of_leaf[index] for index in reg_leaves) if row is not None]
+    rows = tuple(
+        row for row in (groups.row_of_leaf[index] for index in reg_leaves) if row is not None
+    )
     n_rows = len(groups.names)
     dtype = compute_dtype(*(leaf.dtype for leaf in refs + regs))
     weight = jnp.asarray(reg_weight, dtype)
@@ -304,6 +308,22 @@ def _as_trees(reg_grads: PyTree, n_weights: int) -> list[PyTree]:
             f"many trees, one for each regularizer; got {got}."
         )
     return list(reg_grads)
+
+
+def _refuse_multi_steps() -> None:
+    # MultiSteps averages the updates that it is given and passes keyword arguments on as they
+    # are: reg_grads would be the last micro-batch's, in silence. Nothing that reaches the rule
+    # tells, so it looks who is calling; this happens once a trace.
+    frame = sys._getframe()
+    while frame is not None:
+        if isinstance(frame.f_locals.get("self"), optax.MultiSteps):
+            raise TypeError(
+                "optax.MultiSteps averages the loss gradients of its micro-batches but hands on "
+                "the reg_grads of the last one alone. Use dtnh_jax.accumulate_pairs(tx, every_k) "
+                "in its place, which averages both; to skip steps that are not finite, use "
+                "optax.apply_if_finite."
+            )
+        frame = frame.f_back
 
 
 def _as_pair(updates: PyTree) -> GradientPair | None:
