@@ -92,8 +92,8 @@ def gradient_cosine(
         >>> tx = dtnh_jax.gradient_cosine(reg_weight=1.0)
         >>> pair = (jnp.array([1.0, 0.0]), jnp.array([3.0, 4.0]))
         >>> direction, _ = tx.update(pair, tx.init(jnp.zeros(2)))
-        >>> print(direction.round(3))
-        [2.8 2.4]
+        >>> print([f"{x:.2f}" for x in direction])
+        ['2.80', '2.40']
 
     References:
         Du et al., *Adapting Auxiliary Losses Using Gradient Similarity*, 2018

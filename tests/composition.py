@@ -3,14 +3,15 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import optax
 import optax.contrib
 
 Make = Callable[..., optax.GradientTransformation]
 
 WORKS = "works"
-JOINT = "acts on both trees as one"
-LOSS_ONLY = "acts on the loss gradient alone"
+JOINT = "both as one vector"
+LOSS_ONLY = "loss gradient only"
 
 
 class Refused(NamedTuple):
@@ -24,7 +25,9 @@ class Refused(NamedTuple):
 
 
 # Optax lays a state or params over the pair, and finds another structure.
-BY_OPTAX = Refused("Optax", "structure|incompatible shapes|unexpected keyword")
+BY_OPTAX = Refused(
+    "Optax", "structure|incompatible shapes|unexpected keyword|Expected (tuple|dict)"
+)
 BY_RULE = Refused("dtnh_jax", "dtnh_jax|reg_grads must have the structure")
 
 Outcome = str | Refused
@@ -53,6 +56,10 @@ class Wrapper(NamedTuple):
     note: str = ""
 
 
+def _largest(tree: optax.Updates) -> jax.Array:
+    return max(leaf.max() for leaf in jax.tree.leaves(tree))
+
+
 def _mask(make: Make) -> Make:
     return lambda: optax.masked(make(), {"w": True, "v": False})
 
@@ -69,7 +76,7 @@ LINKS = [
     Link("centralize", optax.centralize, WORKS),
     Link("zero_nans", optax.zero_nans, WORKS),
     Link("set_to_zero", optax.set_to_zero, WORKS),
-    Link("monitor", lambda: optax.monitor({"norm": optax.tree.norm}), WORKS, WORKS),
+    Link("monitor", lambda: optax.monitor({"largest": _largest}), WORKS, WORKS),
     Link("add_decayed_weights", lambda: optax.add_decayed_weights(0.1), BY_OPTAX),
     Link("ema", lambda: optax.ema(0.9), BY_OPTAX),
     Link("trace", lambda: optax.trace(0.9), BY_OPTAX),

@@ -20,6 +20,18 @@ REG_GRADS = {"w": jnp.array([6.0, 1.0, 1.0]), "v": jnp.array([-1.0, 1.0])}
 PAIRS = [(LOSS_GRADS, REG_GRADS), jax.tree.map(lambda x: 3 * x, (REG_GRADS, LOSS_GRADS))]
 
 
+def available(link):
+    """The row, skipped where this Optax is too old to have what it names."""
+    try:
+        link.make()
+    except AttributeError as error:
+        return pytest.param(link, id=link.name, marks=pytest.mark.skip(reason=str(error)))
+    return pytest.param(link, id=link.name)
+
+
+every_link = pytest.mark.parametrize("link", [available(link) for link in LINKS])
+
+
 def rule():
     return dtnh_jax.dtnh(1.0, scope="leaf")
 
@@ -56,7 +68,7 @@ def check(outcome, tx, style, wanted, params=PARAMS):
 
 
 @pytest.mark.parametrize("style", ["pair", "reg_grads"])
-@pytest.mark.parametrize("link", LINKS, ids=lambda link: link.name)
+@every_link
 def test_after_the_rule(link, style):
     """As if the direction had been the gradient all along."""
     directions = [direction(*pair) for pair in PAIRS]
@@ -65,7 +77,7 @@ def test_after_the_rule(link, style):
     check(WORKS, tx, style, lambda: wanted)
 
 
-@pytest.mark.parametrize("link", LINKS, ids=lambda link: link.name)
+@every_link
 def test_before_the_rule_with_a_pair(link):
     def one_by_one():
         losses = run(link.make(), [pair[0] for pair in PAIRS], PARAMS)
@@ -82,7 +94,7 @@ def test_before_the_rule_with_a_pair(link):
             assert_close(jointly(), one_by_one())
 
 
-@pytest.mark.parametrize("link", LINKS, ids=lambda link: link.name)
+@every_link
 def test_before_the_rule_with_reg_grads(link):
     assert link.before_reg_grads in (WORKS, LOSS_ONLY)
     losses = run(link.make(), [pair[0] for pair in PAIRS], PARAMS)
