@@ -8,8 +8,8 @@ import optax
 from jax.typing import DTypeLike
 
 from dtnh_jax._gradients import GradientPair
-from dtnh_jax._transform import unpack
 from dtnh_jax._tree import PyTree, is_absent, lay_over
+from dtnh_jax._unpack import unpack
 
 
 class AccumulationState(NamedTuple):

@@ -17,9 +17,9 @@ from dtnh_jax._transform import (
     RegWeight,
     changes_transformation,
     pair_transformation,
-    unpack,
 )
 from dtnh_jax._tree import PyTree, check_same_shape, is_absent, lay_over, leaf_names, leaves_of
+from dtnh_jax._unpack import unpack
 
 
 class DecoupledState(NamedTuple):

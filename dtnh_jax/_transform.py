@@ -1,6 +1,5 @@
 """The optax link that every rule is: a pair of gradients in, one direction out."""
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +9,6 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from dtnh_jax._gradients import GradientPair
 from dtnh_jax._gramian import (
     Gramian,
     change,
@@ -38,15 +36,11 @@ from dtnh_jax._stats import (
     removed_share_of_leaf,
 )
 from dtnh_jax._tree import PyTree, is_absent, is_array, lay_over, leaf_names, leaves_of
+from dtnh_jax._unpack import RIGHT_CALLS, unpack
 from dtnh_jax._weightings import Weights
 
 Weight = jax.typing.ArrayLike | optax.Schedule
 RegWeight = Weight | Sequence[Weight]
-
-RIGHT_CALLS = (
-    "Call tx.update(dtnh_jax.GradientPair(loss_grads, reg_grads), state, params), "
-    "or tx.update(loss_grads, state, params, reg_grads=reg_grads)"
-)
 
 
 class Rule(NamedTuple):
@@ -186,30 +180,6 @@ def changes_transformation(rule: Rule, choices: Choices) -> ChangesTransformatio
     return ChangesTransformation(init, update)
 
 
-def unpack(updates: PyTree, reg_grads: PyTree | None, params: PyTree | None) -> GradientPair:
-    """The pair out of either call style, or an error that shows both."""
-    pair = _as_pair(updates)
-    if reg_grads is not None:
-        if isinstance(updates, GradientPair) or (
-            pair is not None
-            and not _same_structure(updates, reg_grads)
-            and _same_structure(pair.loss_grads, reg_grads)
-        ):
-            raise TypeError(
-                "reg_grads came twice: in the pair and as reg_grads=. "
-                f"{RIGHT_CALLS}; not both at once."
-            )
-        _refuse_multi_steps()
-        return GradientPair(updates, reg_grads)
-    is_params_like = params is not None and _same_structure(updates, params)
-    if pair is None or (is_params_like and not isinstance(updates, GradientPair)):
-        raise TypeError(
-            "A dtnh_jax rule wants the gradients of loss and regularizer as a pair; got one "
-            f"tree ({type(updates).__name__}) and no reg_grads=. {RIGHT_CALLS}."
-        )
-    return pair
-
-
 def _changes(
     rule: Rule,
     reg_weight: jax.typing.ArrayLike,
@@ -308,42 +278,6 @@ def _as_trees(reg_grads: PyTree, n_weights: int) -> list[PyTree]:
             f"many trees, one for each regularizer; got {got}."
         )
     return list(reg_grads)
-
-
-def _refuse_multi_steps() -> None:
-    # MultiSteps averages the updates that it is given and passes keyword arguments on as they
-    # are: reg_grads would be the last micro-batch's, in silence. Nothing that reaches the rule
-    # tells, so it looks who is calling; this happens once a trace.
-    frame = sys._getframe()
-    while frame is not None:
-        if isinstance(frame.f_locals.get("self"), optax.MultiSteps):
-            raise TypeError(
-                "optax.MultiSteps averages the loss gradients of its micro-batches but hands on "
-                "the reg_grads of the last one alone. Use dtnh_jax.accumulate_pairs(tx, every_k) "
-                "in its place, which averages both; to skip steps that are not finite, use "
-                "optax.apply_if_finite."
-            )
-        frame = frame.f_back
-
-
-def _as_pair(updates: PyTree) -> GradientPair | None:
-    if isinstance(updates, GradientPair):
-        return updates
-    if type(updates) is tuple and len(updates) == 2:
-        return GradientPair(*updates)
-    # nnx.Optimizer.update(model, pair) turns the tuple into an nnx.State by its indices, and a
-    # GradientPair into one by its field names. A dict is params of somebody, never a pair.
-    if isinstance(updates, Mapping) and not isinstance(updates, dict):
-        for keys in ((0, 1), GradientPair._fields):
-            if set(updates) == set(keys):
-                return GradientPair(*(updates[key] for key in keys))
-    return None
-
-
-def _same_structure(one: PyTree, other: PyTree) -> bool:
-    return jax.tree.structure(one, is_leaf=is_absent) == jax.tree.structure(
-        other, is_leaf=is_absent
-    )
 
 
 def _check_reg_weight(reg_weight: Any) -> None:

@@ -20,6 +20,7 @@ ROOMS = [
     "_gramian",
     "_weightings",
     "_gradients",
+    "_unpack",
     "_reference",
     "_stats",
     "_transform",
