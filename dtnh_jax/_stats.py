@@ -102,7 +102,9 @@ def conflict_stats(opt_state: Any) -> ConflictStats:
     \text{removed} = \frac{\lVert b - (d - a)/\lambda\rVert}{\lVert b\rVert}.$$
 
     It reads the state and nothing else: the numbers came out of the Gramian that the rule
-    needs anyway. In scope ``"element"`` the groups reported are the leaves.
+    needs anyway. In scope ``"element"`` the groups reported are the leaves. With another reference
+    than the batch, ``a`` is that reference. A group that the regularizer does not reach reads zero;
+    a ``mask`` keeps it off the list.
 
     Args:
         opt_state: The state of a rule of this package, or any nesting of optax states that
