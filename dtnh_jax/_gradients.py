@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from dtnh_jax._tree import PyTree, is_array
 
@@ -175,13 +176,10 @@ def _described(value: Any) -> str:
 
 def _without_unreached(reg_grads: PyTree, reg_tangent: Callable[..., Any], wrt: PyTree) -> PyTree:
     """``reg_grads`` with ``None`` at the leaves that the regularizer does not depend on."""
+    # What dead-code elimination finds unused, it finds so through jit, scan and remat too.
     jaxpr = jax.make_jaxpr(reg_tangent)(wrt).jaxpr
-    needed = {id(var) for var in jaxpr.outvars}
-    for equation in reversed(jaxpr.eqns):
-        if any(id(var) in needed for var in equation.outvars):
-            needed.update(id(var) for var in equation.invars)
+    _, reached = dce_jaxpr(jaxpr, used_outputs=[True])
     leaves, treedef = jax.tree.flatten(reg_grads)
-    reached = [
-        grad if id(var) in needed else None for grad, var in zip(leaves, jaxpr.invars, strict=True)
-    ]
-    return jax.tree.unflatten(treedef, reached)
+    return treedef.unflatten(
+        [leaf if is_reached else None for leaf, is_reached in zip(leaves, reached, strict=True)]
+    )

@@ -126,6 +126,15 @@ def test_vmap_over_examples(params, x):
     assert relative_error(jax.tree.map(lambda g: g[2], pair.loss_grads), one) <= 1e-5
 
 
+@pytest.mark.parametrize("inside", [jax.jit, jax.checkpoint], ids=["jit", "remat"])
+def test_unreached_leaves_are_found_inside_other_transforms(params, x, inside):
+    """A jit inside the decorator takes all params, and the regularizer still not the head."""
+    fun = dtnh_jax.value_and_gradient_pair(inside(lambda params, x: terms(params, x)[0]))
+    _, pair = jax.jit(fun)(params, x)
+    assert pair.reg_grads["head"] is None
+    assert pair.reg_grads["one"] is not None
+
+
 def test_constant_terms():
     fun = dtnh_jax.value_and_gradient_pair(lambda w: (jnp.sum(w**2), 0.0))
     (_, reg), pair = fun(jnp.ones(3))
