@@ -62,13 +62,13 @@ def group_leaves(tree: PyTree, scope: Scope, mask: Mask) -> Groups:
     """
     paths = leaf_paths(tree)
     labels = _labels(tree, paths, scope)
-    reached = _reached(tree, mask, paths)
-    names = tuple(sorted({label for label, kept in zip(labels, reached, strict=True) if kept}))
+    kept_leaves = reached(tree, mask)
+    names = tuple(sorted({label for label, kept in zip(labels, kept_leaves, strict=True) if kept}))
     row = {name: index for index, name in enumerate(names)}
     return Groups(
         names=names,
         row_of_leaf=tuple(
-            row[label] if kept else None for label, kept in zip(labels, reached, strict=True)
+            row[label] if kept else None for label, kept in zip(labels, kept_leaves, strict=True)
         ),
     )
 
@@ -97,8 +97,9 @@ def _labels(tree: PyTree, paths: list[tuple[str, ...]], scope: Scope) -> list[st
     return labels
 
 
-def _reached(tree: PyTree, mask: Mask, paths: list[tuple[str, ...]]) -> list[bool]:
-    leaves = leaves_of(tree)
+def reached(tree: PyTree, mask: Mask) -> list[bool]:
+    """For each leaf of ``tree`` whether it is there and ``mask`` does not take it out."""
+    paths, leaves = leaf_paths(tree), leaves_of(tree)
     if mask is None:
         entries: list[Any] = [True] * len(leaves)
     else:

@@ -21,3 +21,14 @@ def ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     """``numerator / denominator``, 0 where the denominator is 0, with finite derivatives there."""
     nonzero = denominator != 0
     return jnp.where(nonzero, numerator / jnp.where(nonzero, denominator, 1), 0)
+
+
+def unit(x: jax.Array) -> jax.Array:
+    """Each ``x[i]`` over its norm; 0 where it is 0, with finite derivatives there."""
+    axes = tuple(range(1, x.ndim))
+    # Scaled first, or the squares of small numbers would underflow. The result does not depend on
+    # the scale, so no derivative is lost with it.
+    size = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=axes, keepdims=True))
+    x = ratio(x, size)
+    squares = jnp.sum(jnp.square(x), axis=axes, keepdims=True)
+    return ratio(x, jnp.sqrt(jnp.where(squares > 0, squares, 1)))

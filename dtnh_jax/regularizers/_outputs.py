@@ -2,9 +2,9 @@
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 
-from dtnh_jax._numerics import compute_dtype
+from dtnh_jax._numerics import compute_dtype, ratio
+from dtnh_jax.regularizers._batch import Reduction, check_choice, check_positive, reduced
 
 
 def distillation(
@@ -13,6 +13,7 @@ def distillation(
     temperature: float = 1.0,
     *,
     t_squared: bool = True,
+    reduction: Reduction = "mean",
 ) -> jax.Array:
     r"""Knowledge distillation: keeps the outputs near the pre-trained network's.
 
@@ -21,8 +22,9 @@ def distillation(
 
     with student logits $s$, teacher logits $t$ and temperature $T$: the sum over classes, the
     mean over everything else. The factor $T^2$ keeps the size of the gradient when $T$ grows,
-    as Hinton et al. advise; `t_squared=False` leaves it out, as some published transfer code
-    does, and is weaker by $T^2$.
+    as Hinton et al. advise. `t_squared=False` leaves it out, as tllib's code does, and is weaker
+    by $T^2$. The default `reduction` is PyTorch's `KLDivLoss(reduction="batchmean")` for logits
+    of shape `(n, classes)`; its `"mean"` divides by the number of classes too.
 
     Args:
         student_logits: $s$, shape `(..., classes)`, real floating-point.
@@ -30,12 +32,14 @@ def distillation(
             objective, or wrap them in `jax.lax.stop_gradient`.
         temperature: $T > 0$, in the units of the logits.
         t_squared: Whether to multiply by $T^2$.
+        reduction: `"mean"` or `"sum"` over the examples, that is all axes but the last.
 
     Returns:
         A scalar, in float32 or the widest dtype of the logits.
 
     Raises:
-        ValueError: If the shapes differ or have no class axis, or $T \le 0$.
+        ValueError: If the shapes differ or have no class axis, $T \le 0$, or `reduction` is
+            another.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -51,20 +55,231 @@ def distillation(
         Hinton, Vinyals, Dean, *Distilling the Knowledge in a Neural Network*, 2015
         (arXiv:1503.02531), section 2.
     """
-    if not isinstance(temperature, Tracer) and not temperature > 0:
-        raise ValueError(f"temperature must be positive; got {temperature!r}.")
-    student, teacher = jnp.asarray(student_logits), jnp.asarray(teacher_logits)
+    check_positive("temperature", temperature)
+    check_choice("reduction", reduction)
+    student, teacher = _logits("distillation", student_logits, teacher_logits)
+    t = jnp.asarray(temperature, student.dtype)
+    divergence = reduced(
+        kl_divergence(jax.nn.log_softmax(teacher / t), jax.nn.log_softmax(student / t)), reduction
+    )
+    return divergence * t**2 if t_squared else divergence
+
+
+def logit_matching(
+    student_logits: jax.Array, teacher_logits: jax.Array, *, reduction: Reduction = "mean"
+) -> jax.Array:
+    r"""Logit matching: keeps the logits themselves near the pre-trained network's.
+
+    $$\Omega = \frac{1}{n}\sum_{i=1}^{n} \tfrac{1}{2}\lVert s_i - t_i\rVert^2$$
+
+    For logits of mean zero it is the limit of [`distillation`][dtnh_jax.regularizers.distillation]
+    with $T^2$ at high temperature, times the number of classes.
+
+    Args:
+        student_logits: $s$, shape `(..., classes)`, real floating-point.
+        teacher_logits: $t$, likewise. No gradient is stopped.
+        reduction: `"mean"`, as in the paper, or `"sum"` over the examples.
+
+    Returns:
+        A scalar, in float32 or the widest dtype of the logits.
+
+    Raises:
+        ValueError: If the shapes differ or have no class axis, or `reduction` is another.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import regularizers
+        >>> student, teacher = jnp.array([[0.0, 1.0]]), jnp.array([[2.0, 1.0]])
+        >>> print(regularizers.logit_matching(student, teacher))
+        2.0
+
+    References:
+        Ba, Caruana, *Do Deep Nets Really Need to be Deep?*, NIPS 2014 (arXiv:1312.6184), eq. 1;
+        Hinton, Vinyals, Dean, 2015 (arXiv:1503.02531), section 2.1, for the limit.
+    """
+    check_choice("reduction", reduction)
+    student, teacher = _logits("logit_matching", student_logits, teacher_logits)
+    return reduced(0.5 * jnp.sum(jnp.square(student - teacher), axis=-1), reduction)
+
+
+def label_smoothing(
+    student_logits: jax.Array, teacher_logits: jax.Array, *, reduction: Reduction = "mean"
+) -> jax.Array:
+    r"""Label smoothing towards the teacher: the cross-entropy against its probabilities.
+
+    $$\Omega = -\frac{1}{n}\sum_{i=1}^{n}\sum_y \mathrm{softmax}(t_i)_y\,
+    \log\mathrm{softmax}(s_i)_y$$
+
+    Training on labels that are smoothed by $\varepsilon$, $(1-\varepsilon)\,e_y +
+    \varepsilon\,\mathrm{softmax}(t)$, is training on $(1-\varepsilon)\,L + \varepsilon\,\Omega$.
+    Teacher logits of zero give the uniform smoothing of Szegedy et al. It is
+    [`distillation`][dtnh_jax.regularizers.distillation] at $T = 1$ plus the teacher's entropy, so
+    by the student they have the same gradient; it is not zero where the two agree.
+
+    Args:
+        student_logits: $s$, shape `(..., classes)`, real floating-point.
+        teacher_logits: $t$, likewise. No gradient is stopped.
+        reduction: `"mean"` or `"sum"` over the examples.
+
+    Returns:
+        A scalar, in float32 or the widest dtype of the logits.
+
+    Raises:
+        ValueError: If the shapes differ or have no class axis, or `reduction` is another.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import regularizers
+        >>> logits = jnp.zeros((1, 4))
+        >>> print(f"{regularizers.label_smoothing(logits, logits):.4f}")  # log 4
+        1.3863
+
+    References:
+        Szegedy et al., *Rethinking the Inception Architecture for Computer Vision*, CVPR 2016
+        (arXiv:1512.00567), section 7; Yuan et al., *Revisiting Knowledge Distillation via Label
+        Smoothing Regularization*, CVPR 2020 (arXiv:1909.11723).
+    """
+    check_choice("reduction", reduction)
+    student, teacher = _logits("label_smoothing", student_logits, teacher_logits)
+    return reduced(_cross_entropy(jax.nn.softmax(teacher), jax.nn.log_softmax(student)), reduction)
+
+
+def co_tuning(
+    source_head_logits: jax.Array,
+    labels: jax.Array,
+    relationship: jax.Array,
+    *,
+    reduction: Reduction = "mean",
+) -> jax.Array:
+    r"""Co-Tuning: keeps the pre-trained head in use, on the source classes that the label means.
+
+    $$\Omega = -\frac{1}{n}\sum_{i=1}^{n}\sum_{y_s} p(y_s \mid y_t = y_i)\,
+    \log\mathrm{softmax}(z_i)_{y_s}$$
+
+    with the logits $z$ of the *source* head on the features that are fine-tuned.
+
+    Args:
+        source_head_logits: $z$, shape `(..., source classes)`, real floating-point.
+        labels: The target labels $y_t$, whole numbers of shape `(...)`.
+        relationship: $p(y_s \mid y_t)$, shape `(target classes, source classes)`, each row a
+            distribution; [`co_tuning_relationship`][dtnh_jax.regularizers.co_tuning_relationship]
+            estimates it.
+        reduction: `"mean"`, as in the authors' code, or `"sum"` over the examples.
+
+    Returns:
+        A scalar, in float32 or the widest dtype of the logits and the relationship. A label that
+        is no row of `relationship` makes it NaN.
+
+    Raises:
+        ValueError: If the shapes do not fit, the labels are no whole numbers, or `reduction` is
+            another.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import regularizers
+        >>> relationship = jnp.array([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
+        >>> logits, labels = jnp.zeros((2, 3)), jnp.array([0, 1])
+        >>> print(f"{regularizers.co_tuning(logits, labels, relationship):.4f}")  # log 3
+        1.0986
+
+    References:
+        You, Kou, Long, Wang, *Co-Tuning for Transfer Learning*, NeurIPS 2020.
+    """
+    check_choice("reduction", reduction)
+    logits, rows, labels = (jnp.asarray(x) for x in (source_head_logits, relationship, labels))
+    _check_labels("co_tuning", logits, labels)
+    if rows.ndim != 2 or rows.shape[1] != logits.shape[-1]:
+        raise ValueError(
+            f"co_tuning wants a relationship of shape (target classes, {logits.shape[-1]}), a row "
+            f"for each target class; got {rows.shape}."
+        )
+    dtype = compute_dtype(logits.dtype, rows.dtype)
+    targets = rows.astype(dtype).at[labels].get(mode="fill", fill_value=jnp.nan)
+    return reduced(_cross_entropy(targets, jax.nn.log_softmax(logits.astype(dtype))), reduction)
+
+
+def co_tuning_relationship(
+    source_logits: jax.Array, labels: jax.Array, n_classes: int
+) -> jax.Array:
+    r"""What the target classes look like to the pre-trained network: Co-Tuning's relationship.
+
+    $$p(y_s \mid y_t = c) = \frac{1}{n_c}\sum_{i:\,y_i = c} \mathrm{softmax}(z_i)$$
+
+    with the logits $z$ of the pre-trained network on the target task's training set. This is the
+    paper's *direct* estimate. Its *reverse* one, by a calibrated logistic regression from source
+    probabilities to target classes and Bayes' rule, is not here. The authors' code divides the
+    logits by a temperature found by calibration on the source task; do so before, if you have one.
+
+    Args:
+        source_logits: $z$, shape `(n, source classes)`, real floating-point.
+        labels: The target labels, whole numbers of shape `(n,)`. One that is no class is passed
+            over.
+        n_classes: The number of target classes.
+
+    Returns:
+        Shape `(n_classes, source classes)`, each row a distribution, in float32 or the logits'
+        dtype. A class without examples has a row of zeros, which regularizes nothing.
+
+    Raises:
+        ValueError: If the shapes do not fit, the labels are no whole numbers, or `n_classes` is
+            below one.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import regularizers
+        >>> logits = jnp.array([[200.0, 0.0], [0.0, 200.0], [0.0, 200.0]])
+        >>> print(regularizers.co_tuning_relationship(logits, jnp.array([0, 0, 1]), 2))
+        [[0.5 0.5]
+         [0.  1. ]]
+
+    References:
+        You, Kou, Long, Wang, *Co-Tuning for Transfer Learning*, NeurIPS 2020.
+    """
+    if isinstance(n_classes, bool) or n_classes < 1:
+        raise ValueError(f"n_classes must be a whole number >= 1; got {n_classes!r}.")
+    logits, labels = jnp.asarray(source_logits), jnp.asarray(labels)
+    _check_labels("co_tuning_relationship", logits, labels)
+    if logits.ndim != 2:
+        raise ValueError(
+            f"co_tuning_relationship wants logits of shape (n, source classes); got {logits.shape}."
+        )
+    dtype = compute_dtype(logits.dtype)
+    members = jax.nn.one_hot(labels, n_classes, dtype=dtype, axis=0)
+    probabilities = jax.nn.softmax(logits.astype(dtype))
+    total = jnp.matmul(members, probabilities, precision=jax.lax.Precision.HIGHEST)
+    return ratio(total, jnp.sum(members, axis=1, keepdims=True))
+
+
+def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """``KL(p ‖ q)`` over the last axis, from the logarithms."""
+    p = jnp.exp(log_p)
+    # A class that p rules out adds nothing, even where its logarithm is -inf.
+    return jnp.sum(p * jnp.where(p > 0, log_p - log_q, 0), axis=-1)
+
+
+def _cross_entropy(p: jax.Array, log_q: jax.Array) -> jax.Array:
+    return -jnp.sum(p * jnp.where(p != 0, log_q, 0), axis=-1)
+
+
+def _logits(what: str, student: jax.Array, teacher: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both in the dtype to compute in."""
+    student, teacher = jnp.asarray(student), jnp.asarray(teacher)
     if student.shape != teacher.shape or not student.ndim:
         raise ValueError(
-            "distillation wants logits of the same shape (..., classes) from student and "
+            f"{what} wants logits of the same shape (..., classes) from student and "
             f"teacher; got {student.shape} and {teacher.shape}."
         )
     dtype = compute_dtype(student.dtype, teacher.dtype)
-    t = jnp.asarray(temperature, dtype)
-    student_log = jax.nn.log_softmax(student.astype(dtype) / t)
-    teacher_log = jax.nn.log_softmax(teacher.astype(dtype) / t)
-    probability = jnp.exp(teacher_log)
-    # A class that the teacher rules out adds nothing, even where its log-probability is -inf.
-    difference = jnp.where(probability > 0, teacher_log - student_log, 0)
-    divergence = jnp.mean(jnp.sum(probability * difference, axis=-1))
-    return divergence * t**2 if t_squared else divergence
+    return student.astype(dtype), teacher.astype(dtype)
+
+
+def _check_labels(what: str, logits: jax.Array, labels: jax.Array) -> None:
+    if not logits.ndim or labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"{what} wants logits of shape (..., classes) and labels of shape (...); got "
+            f"{logits.shape} and {labels.shape}."
+        )
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(
+            f"{what} wants whole numbers as labels, not probabilities; got {labels.dtype}."
+        )

@@ -1,16 +1,98 @@
 """Regularizers of the weights."""
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from dtnh_jax._groups import Mask, reached
 from dtnh_jax._numerics import compute_dtype, widened
 from dtnh_jax._tree import PyTree, check_same_shape, is_absent, lay_over, leaf_names, leaves_of
 
 
+def l2(params: PyTree, *, mask: Mask = None) -> jax.Array:
+    r"""L2: keeps weights near zero, the baseline that knows of no pre-trained network.
+
+    $$\Omega(w) = \frac{1}{2}\sum\lVert w\rVert^2$$
+
+    Its gradient is $w$: as a term of the loss under SGD it is the weight decay of PyTorch's
+    `SGD`, with the same weight.
+
+    Args:
+        params: The parameters $w$, a tree of real or complex floating-point arrays.
+        mask: `None`, or a tree of booleans, in which one may stand for a subtree, or a function
+            from `params` to it. `False` leaves a leaf out, such as biases and norm scales.
+
+    Returns:
+        A scalar, in float32 or the widest dtype of `params`.
+
+    Raises:
+        ValueError: If the mask does not match `params`.
+        TypeError: If an entry of the mask is no boolean.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import regularizers
+        >>> params = {"kernel": jnp.array([1.0, 2.0]), "bias": jnp.array([3.0])}
+        >>> print(regularizers.l2(params))
+        7.0
+        >>> print(regularizers.l2(params, mask={"kernel": True, "bias": False}))
+        2.5
+
+    References:
+        Krogh, Hertz, *A Simple Weight Decay Can Improve Generalization*, NIPS 1991.
+    """
+    terms = [
+        _Term(1.0, leaf, None, None) if kept else None
+        for leaf, kept in zip(leaves_of(params), reached(params, mask), strict=True)
+    ]
+    return _value(params, terms)
+
+
+def l2_gradient(params: PyTree, *, mask: Mask = None) -> PyTree:
+    r"""The gradient of [`l2`][dtnh_jax.regularizers.l2] in closed form.
+
+    $$\nabla\Omega(w) = w$$
+
+    Args:
+        params: As in [`l2`][dtnh_jax.regularizers.l2].
+        mask: Likewise.
+
+    Returns:
+        A tree with the structure, shapes and dtypes of `params`; `None` where `mask` is `False`.
+
+    Raises:
+        ValueError: As [`l2`][dtnh_jax.regularizers.l2] does.
+        TypeError: Likewise.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import regularizers
+        >>> params = {"kernel": jnp.array([1.0, 2.0]), "bias": jnp.array([3.0])}
+        >>> grads = regularizers.l2_gradient(params, mask={"kernel": True, "bias": False})
+        >>> print(grads["kernel"], grads["bias"])
+        [1. 2.] None
+
+    References:
+        Krogh, Hertz, *A Simple Weight Decay Can Improve Generalization*, NIPS 1991.
+    """
+    terms = [
+        _Term(1.0, leaf, None, None) if kept else None
+        for leaf, kept in zip(leaves_of(params), reached(params, mask), strict=True)
+    ]
+    return _gradient(params, terms)
+
+
 def l2_sp(
-    params: PyTree, pretrained: PyTree, *, alpha: float = 1.0, beta: float = 0.0
+    params: PyTree,
+    pretrained: PyTree,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    mask: Mask = None,
 ) -> jax.Array:
     r"""L2-SP: keeps weights near their pre-trained values, the starting point.
 
@@ -22,8 +104,9 @@ def l2_sp(
     are out of the regularizer's reach, which keeps a new head out of the rule's groups.
 
     The rule multiplies the whole by `reg_weight`. The weights of Li et al. (their code:
-    0.1 shared, 0.01 new) are `reg_weight=0.1, beta=0.1`; those of DELTA's code (0.01 both) are
-    `reg_weight=0.01, beta=1`.
+    0.1 shared, 0.01 new; biases and norm scales left out, by `mask`) are
+    `reg_weight=0.1, beta=0.1`; those of DELTA's code and of tllib (0.01 both, every parameter)
+    are `reg_weight=0.01, beta=1`.
 
     Args:
         params: The parameters $w$, a tree of real or complex floating-point arrays.
@@ -31,12 +114,16 @@ def l2_sp(
             `params`; `None` in the place of a leaf or a subtree that has none.
         alpha: $\alpha$, the weight of the shared leaves.
         beta: $\beta$, the weight of the new leaves.
+        mask: `None`, or a tree of booleans, in which one may stand for a subtree, or a function
+            from `params` to it. `False` leaves a leaf out of both sums, such as biases and norm
+            scales.
 
     Returns:
         A scalar, in float32 or the widest dtype of `params`.
 
     Raises:
         ValueError: If the trees or shapes do not match; the leaf is named.
+        TypeError: If an entry of the mask is no boolean.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -52,32 +139,255 @@ def l2_sp(
         Li, Grandvalet, Davoine, *Explicit Inductive Bias for Transfer Learning with
         Convolutional Networks*, ICML 2018 (arXiv:1802.01483), eq. 3.
     """
+    return _value(params, _l2_sp_terms(params, pretrained, alpha, beta, mask))
+
+
+def l2_sp_gradient(
+    params: PyTree,
+    pretrained: PyTree,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    mask: Mask = None,
+) -> PyTree:
+    r"""The gradient of [`l2_sp`][dtnh_jax.regularizers.l2_sp] in closed form.
+
+    $$\nabla\Omega(w) = \alpha\,(w - w_0) \text{ (shared)}, \qquad \beta\,w \text{ (new)}$$
+
+    No backward pass is spent on it, and it may stand for `reg_grads` in a pair. For complex
+    leaves it is what `jax.grad` returns, the conjugate.
+
+    Args:
+        params: As in [`l2_sp`][dtnh_jax.regularizers.l2_sp].
+        pretrained: Likewise.
+        alpha: Likewise.
+        beta: Likewise.
+        mask: Likewise.
+
+    Returns:
+        A tree with the structure, shapes and dtypes of `params`; `None` where the regularizer
+        does not reach: left out by `mask`, or of weight zero, as new leaves are by default.
+
+    Raises:
+        ValueError: As [`l2_sp`][dtnh_jax.regularizers.l2_sp] does.
+        TypeError: Likewise.
+
+    Examples:
+        >>> import jax, jax.numpy as jnp, dtnh_jax
+        >>> from dtnh_jax import regularizers
+        >>> pretrained = {"backbone": jnp.array([1.0, 2.0]), "head": None}
+        >>> params = {"backbone": jnp.array([1.0, 4.0]), "head": jnp.array([3.0])}
+        >>> loss_grads = jax.tree.map(jnp.ones_like, params)
+        >>> reg_grads = regularizers.l2_sp_gradient(params, pretrained)
+        >>> print(reg_grads["backbone"], reg_grads["head"])
+        [0. 2.] None
+        >>> pair = dtnh_jax.GradientPair(loss_grads, reg_grads)
+
+    References:
+        Li, Grandvalet, Davoine, ICML 2018 (arXiv:1802.01483), eq. 3.
+    """
+    return _gradient(params, _l2_sp_terms(params, pretrained, alpha, beta, mask))
+
+
+def l2_sp_fisher(
+    params: PyTree,
+    pretrained: PyTree,
+    fisher: PyTree,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    epsilon: float = 0.0,
+    mask: Mask = None,
+) -> jax.Array:
+    r"""L2-SP-Fisher: L2-SP in which each weight is held as firmly as the source task needs it.
+
+    $$\Omega(w) = \frac{\alpha}{2}\sum_{\text{shared}} (F + \varepsilon)\,\lvert w - w_0\rvert^2
+    + \frac{\beta}{2}\sum_{\text{new}}\lVert w\rVert^2$$
+
+    with the diagonal $F \ge 0$ of the source task's Fisher information, which
+    [`fisher_diagonal`][dtnh_jax.regularizers.fisher_diagonal] estimates. *Elastic weight
+    consolidation* (EWC) is the same with `beta=0` and `epsilon=0`; `alpha` is its $\lambda$.
+
+    Args:
+        params: As in [`l2_sp`][dtnh_jax.regularizers.l2_sp].
+        pretrained: Likewise.
+        fisher: $F$, real, with the structure and shapes of `params`; `None` where there is none,
+            which only new and left-out leaves may have.
+        alpha: $\alpha$, the weight of the shared leaves.
+        beta: $\beta$, the weight of the new leaves.
+        epsilon: $\varepsilon$, added to $F$, so that a weight that the source task does not need
+            is still held a little.
+        mask: As in [`l2_sp`][dtnh_jax.regularizers.l2_sp].
+
+    Returns:
+        A scalar, in float32 or the widest dtype of `params`.
+
+    Raises:
+        ValueError: If the trees or shapes do not match; the leaf is named.
+        TypeError: If an entry of the mask is no boolean.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import regularizers
+        >>> w, w0, fisher = jnp.array([1.0, 4.0]), jnp.array([0.0, 2.0]), jnp.array([5.0, 0.5])
+        >>> print(regularizers.l2_sp_fisher(w, w0, fisher))
+        3.5
+
+    References:
+        Li, Grandvalet, Davoine, ICML 2018 (arXiv:1802.01483), L2-SP-Fisher; Kirkpatrick et al.,
+        *Overcoming Catastrophic Forgetting in Neural Networks*, PNAS 2017 (arXiv:1612.00796),
+        EWC.
+    """
+    return _value(params, _fisher_terms(params, pretrained, fisher, alpha, beta, epsilon, mask))
+
+
+def l2_sp_fisher_gradient(
+    params: PyTree,
+    pretrained: PyTree,
+    fisher: PyTree,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    epsilon: float = 0.0,
+    mask: Mask = None,
+) -> PyTree:
+    r"""The gradient of [`l2_sp_fisher`][dtnh_jax.regularizers.l2_sp_fisher] in closed form.
+
+    $$\nabla\Omega(w) = \alpha\,(F + \varepsilon)\,(w - w_0) \text{ (shared)}, \qquad
+    \beta\,w \text{ (new)}$$
+
+    Args:
+        params: As in [`l2_sp_fisher`][dtnh_jax.regularizers.l2_sp_fisher].
+        pretrained: Likewise.
+        fisher: Likewise.
+        alpha: Likewise.
+        beta: Likewise.
+        epsilon: Likewise.
+        mask: Likewise.
+
+    Returns:
+        A tree with the structure, shapes and dtypes of `params`; `None` where the regularizer
+        does not reach, as from [`l2_sp_gradient`][dtnh_jax.regularizers.l2_sp_gradient].
+
+    Raises:
+        ValueError: As [`l2_sp_fisher`][dtnh_jax.regularizers.l2_sp_fisher] does.
+        TypeError: Likewise.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import regularizers
+        >>> w, w0, fisher = jnp.array([1.0, 4.0]), jnp.array([0.0, 2.0]), jnp.array([5.0, 0.5])
+        >>> print(regularizers.l2_sp_fisher_gradient(w, w0, fisher))
+        [5. 1.]
+
+    References:
+        Li, Grandvalet, Davoine, ICML 2018 (arXiv:1802.01483); Kirkpatrick et al., PNAS 2017
+        (arXiv:1612.00796).
+    """
+    return _gradient(params, _fisher_terms(params, pretrained, fisher, alpha, beta, epsilon, mask))
+
+
+class _Term(NamedTuple):
+    """``factor / 2 · Σ importance · |weight − start|²`` of one leaf."""
+
+    factor: Any
+    weight: Any
+    start: Any
+    importance: Callable[[np.dtype], jax.Array] | None
+
+
+def _l2_sp_terms(
+    params: PyTree, pretrained: PyTree, alpha: Any, beta: Any, mask: Mask
+) -> list[_Term | None]:
+    """The term of each leaf of ``params``, ``None`` where there is none."""
     starts = lay_over(pretrained, params, what="pretrained", over="params", one_for_many=False)
+    terms: list[_Term | None] = []
+    for name, weight, start, kept in zip(
+        leaf_names(params), leaves_of(params), starts, reached(params, mask), strict=True
+    ):
+        factor = beta if is_absent(start) else alpha
+        # A weight of zero drops the term from the graph, so that the leaf is not reached at all.
+        if not kept or not (isinstance(factor, Tracer) or factor != 0):
+            terms.append(None)
+            continue
+        if is_absent(start):
+            start = None
+        else:
+            check_same_shape(name, weight, start)
+        terms.append(_Term(factor, weight, start, None))
+    return terms
+
+
+def _fisher_terms(
+    params: PyTree,
+    pretrained: PyTree,
+    fisher: PyTree,
+    alpha: Any,
+    beta: Any,
+    epsilon: Any,
+    mask: Mask,
+) -> list[_Term | None]:
+    fishers = lay_over(fisher, params, what="fisher", over="params", one_for_many=False)
+    terms = _l2_sp_terms(params, pretrained, alpha, beta, mask)
+    for index, (name, term, of_leaf) in enumerate(
+        zip(leaf_names(params), terms, fishers, strict=True)
+    ):
+        if term is None or term.start is None:
+            continue
+        if is_absent(of_leaf):
+            raise ValueError(
+                f"fisher must have a leaf wherever pretrained has one; got None at {name!r}. "
+                "Leave that leaf out by mask=, or put None in pretrained too."
+            )
+        if np.shape(of_leaf) != np.shape(term.weight):
+            raise ValueError(
+                f"fisher must have the shapes of params; got {np.shape(of_leaf)} for "
+                f"{np.shape(term.weight)} at {name!r}."
+            )
+
+        def importance(dtype: np.dtype, of_leaf: Any = of_leaf) -> jax.Array:
+            return jnp.asarray(of_leaf).astype(dtype) + jnp.asarray(epsilon, dtype)
+
+        terms[index] = term._replace(importance=importance)
+    return terms
+
+
+def _difference(term: _Term, dtype: np.dtype) -> jax.Array:
+    difference = widened(jnp.asarray(term.weight), dtype)
+    if term.start is not None:
+        difference = difference - widened(jnp.asarray(term.start), dtype)
+    return difference
+
+
+def _value(params: PyTree, terms: list[_Term | None]) -> jax.Array:
     dtype = compute_dtype(
         *(jnp.result_type(weight) for weight in leaves_of(params) if not is_absent(weight))
     )
-    shared = new = jnp.zeros((), dtype)
-    for name, weight, start in zip(leaf_names(params), leaves_of(params), starts, strict=True):
-        if is_absent(weight):
-            continue
-        if is_absent(start):
-            new = new + _sum_of_squares(weight, None, dtype)
-        else:
-            check_same_shape(name, weight, start)
-            shared = shared + _sum_of_squares(weight, start, dtype)
-    # A zero weight drops its term from the graph, so that its leaves are not reached at all.
     value = jnp.zeros((), dtype)
-    for factor, term in ((alpha, shared), (beta, new)):
-        if isinstance(factor, Tracer) or factor != 0:
-            value = value + 0.5 * jnp.asarray(factor, dtype) * term
+    for term in terms:
+        if term is None:
+            continue
+        difference = _difference(term, dtype)
+        # The squares themselves: norm(w - w0)**2 has a NaN gradient at w = w0.
+        squares = jnp.square(jnp.real(difference))
+        if jnp.iscomplexobj(difference):
+            squares = squares + jnp.square(jnp.imag(difference))
+        if term.importance is not None:
+            squares = term.importance(dtype) * squares
+        value = value + 0.5 * jnp.asarray(term.factor, dtype) * jnp.sum(squares)
     return value
 
 
-def _sum_of_squares(weight: jax.Array, start: jax.Array | None, dtype: np.dtype) -> jax.Array:
-    # The squares themselves: norm(w - w0)**2 has a NaN gradient at w = w0.
-    difference = widened(jnp.asarray(weight), dtype)
-    if start is not None:
-        difference = difference - widened(jnp.asarray(start), dtype)
-    if jnp.iscomplexobj(difference):
-        return jnp.sum(jnp.square(jnp.real(difference)) + jnp.square(jnp.imag(difference)))
-    return jnp.sum(jnp.square(difference))
+def _gradient(params: PyTree, terms: list[_Term | None]) -> PyTree:
+    leaves = []
+    for term in terms:
+        if term is None:
+            leaves.append(None)
+            continue
+        weight = jnp.asarray(term.weight)
+        dtype = compute_dtype(weight.dtype)
+        grad = jnp.conj(_difference(term, dtype))
+        if term.importance is not None:
+            grad = term.importance(dtype).astype(grad.dtype) * grad
+        leaves.append((jnp.asarray(term.factor, grad.dtype) * grad).astype(weight.dtype))
+    return jax.tree.structure(params, is_leaf=is_absent).unflatten(leaves)
