@@ -81,9 +81,10 @@ def gramian(
         ref = [divided(r, ref_scale[row]) for r, row in zip(ref, rows, strict=True)]
         reg = [divided(b, reg_scale[row]) for b, row in zip(reg, rows, strict=True)]
         ref_sq, inner, reg_sq = sums(ref, reg)
-        return Gramian(ref_sq, inner, reg_sq, ref_scale, reg_scale)
+        return Gramian(ref_sq, inner, reg_sq, _along(ref_scale, inner), _along(reg_scale, inner))
 
     ref_sq, inner, reg_sq = sums(ref_leaves, reg_leaves)
+    ones = _along(ones, inner)
     # A cond, not a where: the second look at the leaves is taken only by a step that needs it.
     return jax.lax.cond(
         jnp.all(_in_range(ref_sq, sizes) & _in_range(reg_sq, sizes)),
@@ -221,6 +222,11 @@ def _in_range(square: jax.Array, sizes: np.ndarray) -> jax.Array:
     info = jnp.finfo(square.dtype)
     lowest = np.maximum(sizes, 1) * float(info.tiny) / float(info.eps)
     return (square >= lowest.astype(square.dtype)) & (square <= float(info.max) ** 0.75)
+
+
+def _along(x: jax.Array, like: jax.Array) -> jax.Array:
+    """``x``; under ``shard_map`` it varies over the mesh axes that ``like`` varies over."""
+    return jnp.where(like == like, x, x)
 
 
 def _members(rows: Sequence[int], n_rows: int) -> np.ndarray:
