@@ -4,7 +4,10 @@ import dataclasses
 import io
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 for _package in ("flax", "matplotlib", "rich", "sklearn"):
@@ -13,10 +16,12 @@ tyro = pytest.importorskip("tyro")
 
 from rich.console import Console
 
+import dtnh_jax
 from examples.digits import data, models, report, train
 from examples.digits.__main__ import main
 from examples.digits.config import Config
 from examples.digits.results import PLAIN, SOURCES, Method
+from examples.digits.rules import MOMENTUM, RULES
 
 TINY = Config(
     seeds=2,
@@ -26,14 +31,16 @@ TINY = Config(
     evaluations=2,
     l2_sp_weights=(0.1,),
     distillation_weights=(1.0,),
+    variants=("momentum_first",),
     widths=(4, 4, 8),
 )
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # for optax.ema
+
+RAN = ("weighted_sum", "dtnh", "momentum_first")
 METHODS = [
     PLAIN,
-    Method("l2_sp", "weighted_sum", 0.1),
-    Method("l2_sp", "dtnh", 0.1),
-    Method("distillation", "weighted_sum", 1.0),
-    Method("distillation", "dtnh", 1.0),
+    *(Method("l2_sp", rule, 0.1) for rule in RAN),
+    *(Method("distillation", rule, 1.0) for rule in RAN),
 ]
 SETTINGS = [("scratch", PLAIN), *((source, method) for source in SOURCES for method in METHODS)]
 LAYERS = [
@@ -68,6 +75,12 @@ def test_digits_runs_every_method_from_every_source(results):
             assert run.cosine.shape == run.conflict.shape == (6, len(LAYERS))
             assert np.all(np.abs(run.cosine) <= 1)
             np.testing.assert_array_equal(run.conflict, run.cosine < 0)
+            assert run.kept.shape == (6,)
+            assert np.all((run.kept >= 0) & (run.kept <= 1))
+            if run.method.rule == "weighted_sum":
+                np.testing.assert_array_equal(run.kept, 1)
+            else:
+                assert run.kept.min() < 1
 
 
 def test_digits_pairs_its_runs(results):
@@ -77,9 +90,10 @@ def test_digits_pairs_its_runs(results):
             for run in runs:
                 assert run.accuracy[0] == runs[0].accuracy[0]
             # The first step's gradients are those of the same weights and the same batch.
-            for one, other in (runs[1:3], runs[3:5]):
-                np.testing.assert_allclose(one.cosine[0], other.cosine[0], rtol=0, atol=1e-5)
-    for one, other in zip(results.of(*SETTINGS[1]), results.of(*SETTINGS[6]), strict=True):
+            for first, *others in (runs[1:4], runs[4:7]):
+                for other in others:
+                    np.testing.assert_allclose(first.cosine[0], other.cosine[0], rtol=0, atol=1e-5)
+    for one, other in zip(results.of(*SETTINGS[1]), results.of(*SETTINGS[8]), strict=True):
         assert one.source != other.source
         assert np.any(one.cosine[-1] != other.cosine[-1])
 
@@ -90,7 +104,7 @@ def test_digits_starts_from_the_source_and_acts_on_the_backbone_alone(results):
         for l2_sp in results.of(source, METHODS[2]):
             assert not l2_sp.cosine[0].any()
             assert l2_sp.cosine[1].all()
-        for distillation in results.of(source, METHODS[4]):
+        for distillation in results.of(source, METHODS[5]):
             assert distillation.cosine[0].all()
 
 
@@ -109,7 +123,7 @@ def test_digits_writes_its_files(directory):
     ]
     assert (directory / "figure.png").read_bytes().startswith(b"\x89PNG")
     lines = (directory / "table.md").read_text().splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:13]]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:17]]
     assert [row[0] for row in rows] == [source for source, _ in SETTINGS]
     assert [row[3] for row in rows] == ["" if m == PLAIN else m.rule for _, m in SETTINGS]
 
@@ -128,7 +142,7 @@ def test_digits_table_fits_a_terminal(results):
     with console.capture() as printed:
         console.print(report.as_rich(report.table_rows(results)))
     lines = printed.get().splitlines()
-    assert len(lines) == 1 + 3 + len(SETTINGS)
+    assert len(lines) == 1 + 3 + 2 * 2 + len(SETTINGS), "headers: of sources, of regularizers"
     assert not any("…" in line for line in lines)
 
 
@@ -136,7 +150,9 @@ def test_digits_says_what_was_measured(results):
     sentences = " ".join(report.summary(results, TINY))
     assert "on test images of the target" in sentences
     assert "2 seeds" in sentences
-    assert "dtnh against weighted_sum, 4 settings: " in sentences
+    for rule in RAN:
+        assert f"{rule} against plain fine-tuning, 4 settings: " in sentences
+    assert sentences.count("Against weighted_sum, 4 settings: ") == 2
     assert "diverged" not in sentences
 
 
@@ -144,7 +160,7 @@ def test_digits_owns_up_to_divergence(results):
     *runs, last = results.fine_tunings
     broken = dataclasses.replace(last, cosine=np.full_like(last.cosine, np.nan))
     sentences = report.summary(dataclasses.replace(results, fine_tunings=[*runs, broken]), TINY)
-    assert any("1 of 22 fine-tunings diverged" in sentence for sentence in sentences)
+    assert any("1 of 30 fine-tunings diverged" in sentence for sentence in sentences)
 
 
 def test_digits_difference_is_paired_and_says_what_it_shows():
@@ -164,6 +180,76 @@ def test_digits_layers_come_in_network_order(scope):
     }[scope]
     assert models.in_network_order(sorted(names), TINY.widths) == names
     assert models.in_network_order(sorted(LAYERS), TINY.widths) == LAYERS
+
+
+def pairs(n):
+    rng = np.random.default_rng(0)
+
+    def tree():
+        return {"conv": jnp.array(rng.normal(size=(3, 4))), "head": jnp.array(rng.normal(size=2))}
+
+    return [dtnh_jax.GradientPair(tree(), tree() | {"head": None}) for _ in range(n)]
+
+
+def updates_of(rule, pairs, reg_weight=0.5):
+    tx = RULES[rule](reg_weight, TINY)
+    params = jax.tree.map(jnp.zeros_like, pairs[0].loss_grads)
+    state, steps = tx.init(params), []
+    for pair in pairs:
+        updates, state = tx.update(pair, state, params)
+        steps.append(updates)
+        structure, before = jax.tree.structure(state), jax.tree.structure(tx.init(params))
+        assert structure == before, "a step that is compiled once"
+    return steps, state
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_digits_rules_are_sgd_where_the_regularizer_does_not_act(rule):
+    sgd = optax.sgd(TINY.learning_rate, momentum=MOMENTUM)
+    state = sgd.init(pairs(1)[0].loss_grads)
+    for pair, with_0, regularized in zip(
+        pairs(5), updates_of(rule, pairs(5), 0.0)[0], updates_of(rule, pairs(5))[0], strict=True
+    ):
+        expected, state = sgd.update(pair.loss_grads, state)
+        for name in expected:
+            np.testing.assert_allclose(with_0[name], expected[name], rtol=1e-5)
+        np.testing.assert_allclose(regularized["head"], expected["head"], rtol=1e-5)
+        assert np.any(regularized["conv"] != expected["conv"])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_digits_rules_pull_equally_far(rule):
+    ones = {"conv": jnp.ones((3, 4)), "head": jnp.ones(2)}
+    agreeing = dtnh_jax.GradientPair(ones, ones)
+    sums, _ = updates_of("weighted_sum", [agreeing] * 200)
+    steps, _ = updates_of(rule, [agreeing] * 200)
+    np.testing.assert_allclose(steps[-1]["conv"], sums[-1]["conv"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["gate", "decoupled", "momentum_first"])
+def test_digits_variants_take_out_a_lasting_conflict(rule):
+    a = {"conv": jnp.ones((3, 4)), "head": jnp.ones(2)}
+    opposed = dtnh_jax.GradientPair(a, jax.tree.map(jnp.negative, a))
+    steps, state = updates_of(rule, [opposed] * 5)
+    plain, _ = updates_of("weighted_sum", [opposed] * 5, 0.0)
+    np.testing.assert_allclose(steps[-1]["conv"], plain[-1]["conv"], rtol=1e-5)
+    assert dtnh_jax.conflict_stats(state).total.removed == 1
+
+
+def test_digits_same_length_is_as_long_and_unchosen():
+    a, b = pairs(1)[0]
+    ([chosen], _), ([unchosen], _) = (
+        updates_of(rule, [dtnh_jax.GradientPair(a, b)])
+        for rule in ("momentum_first", "same_length")
+    )
+    chosen, unchosen = (
+        np.ravel(each["conv"] + TINY.learning_rate * a["conv"]) for each in (chosen, unchosen)
+    )
+    np.testing.assert_allclose(np.linalg.norm(unchosen), np.linalg.norm(chosen), rtol=1e-4)
+    b = np.ravel(b["conv"])
+    np.testing.assert_allclose(
+        -unchosen / np.linalg.norm(unchosen), b / np.linalg.norm(b), rtol=0, atol=1e-4
+    )
 
 
 def test_digits_tests_on_images_that_no_seed_trains_on():
@@ -204,6 +290,7 @@ def test_digits_batches_take_every_image_once_an_epoch():
         (["--evaluations", "1000"], "evaluations must be at most steps"),
         (["--widths", "0", "1", "1"], "widths must be at least 1"),
         (["--scope", "layers"], "scope"),
+        (["--variants", "gated"], "variants"),
     ],
 )
 def test_digits_refuses_bad_values(arguments, complaint, capsys):

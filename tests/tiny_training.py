@@ -35,7 +35,7 @@ OPTIMIZERS = {
     "global": in_chain(dtnh_jax.dtnh(0.5)),
     "layer": in_chain(dtnh_jax.dtnh(0.5, scope="layer")),
     "element": in_chain(dtnh_jax.dtnh(0.5, scope="element")),
-    "average": in_chain(dtnh_jax.dtnh(0.5, scope="layer", reference=optax.ema(0.9))),
+    "average": in_chain(dtnh_jax.dtnh(0.5, scope="leaf", reference=optax.ema(0.9))),
     "pcgrad": in_chain(dtnh_jax.pcgrad(0.5, scope="layer")),
     "decoupled": dtnh_jax.decoupled(optax.adam(0.01), 0.5, learning_rate=0.1, scope="layer"),
     "accumulated": dtnh_jax.accumulate_pairs(in_chain(dtnh_jax.dtnh(0.5, scope="layer")), 2),

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+Variant = Literal["gate", "decoupled", "momentum_first", "decoupled_sum", "same_length"]
+
 
 @dataclass(frozen=True)
 class Config:
@@ -29,12 +31,14 @@ class Config:
     """Learning rate of SGD with momentum 0.9."""
     l2_sp_weights: tuple[float, ...] = (0.01, 0.1)
     """Regularizer weights to try with L2-SP: a usual one, and ten times that."""
-    distillation_weights: tuple[float, ...] = (1.0, 10.0)
-    """Regularizer weights to try with distillation, likewise."""
+    distillation_weights: tuple[float, ...] = (3.0,)
+    """Regularizer weights to try with distillation: where the weighted sum is at its best."""
     temperature: float = 2.0
     """Temperature of distillation."""
+    variants: tuple[Variant, ...] = ("gate", "decoupled", "momentum_first")
+    """Rules to try beside weighted_sum and dtnh; those of rules.py, the last two are controls."""
     scope: Literal["global", "layer", "leaf", "element"] = "layer"
-    """Which parameters are one vector to the rule, and one row of the heat map."""
+    """Which parameters are one vector to dtnh and gate, and one row of the heat map."""
     widths: tuple[int, int, int] = (16, 32, 32)
     """Channels of the three blocks."""
     evaluations: int = 10

@@ -13,7 +13,15 @@ from examples.digits.results import PLAIN, SOURCES, FineTuning, Method, Results
 
 NAMES = {"l2_sp": "L2-SP", "distillation": "distillation"}
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = {"weighted_sum": "#D55E00", "dtnh": "#0072B2"}
+COLOURS = {
+    "weighted_sum": "#D55E00",
+    "dtnh": "#0072B2",
+    "gate": "#009E73",
+    "decoupled": "#CC79A7",
+    "momentum_first": "#E69F00",
+    "decoupled_sum": "#56B4E9",
+    "same_length": "#F0E442",
+}
 
 
 def draw(results: Results, cfg: Config) -> Figure:
@@ -37,7 +45,7 @@ def draw(results: Results, cfg: Config) -> Figure:
         *axes[0, 0].get_legend_handles_labels(),
         title=f"mean and standard deviation over {cfg.seeds} seeds",
         loc="outside upper center",
-        ncols=4,
+        ncols=9,
         frameon=False,
     )
     figure.colorbar(
@@ -60,11 +68,12 @@ def strongest(results: Results, regularizer: str) -> Method:
 
 def draw_curves(axes: Axes, results: Results, source: str, method: Method, cfg: Config) -> None:
     """Accuracy over training: mean and standard deviation over the seeds."""
-    weighted_sum = dataclasses.replace(method, rule="weighted_sum")
     curve(axes, results.of("scratch", PLAIN), cfg, "from scratch", "0.45", ":")
+    for rule in ("weighted_sum", "dtnh", *cfg.variants):
+        runs = results.of(source, dataclasses.replace(method, rule=rule))
+        curve(axes, runs, cfg, rule, COLOURS[rule], "-")
+    # On top: what does not hurt lies on this line.
     curve(axes, results.of(source, PLAIN), cfg, "plain fine-tuning", "black", "--")
-    curve(axes, results.of(source, weighted_sum), cfg, "weighted_sum", COLOURS["weighted_sum"], "-")
-    curve(axes, results.of(source, method), cfg, "dtnh", COLOURS["dtnh"], "-")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 

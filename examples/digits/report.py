@@ -19,7 +19,7 @@ from examples.digits.config import Config
 from examples.digits.figure import draw
 from examples.digits.results import PLAIN, SOURCES, FineTuning, Method, Results
 
-COLUMNS = ("source", "regularizer", "λ", "rule", "accuracy", "− plain", "− sum", "conflict")
+COLUMNS = ("source", "regularizer", "λ", "rule", "accuracy", "− plain", "− sum", "conflict", "kept")
 MARKS = {"helps": " ▲", "hurts": " ▼", "within the spread": ""}
 
 
@@ -50,7 +50,7 @@ def report(results: Results, cfg: Config) -> None:
         console.print(sentence)
 
     picture = io.BytesIO()
-    draw(results, cfg).savefig(picture, format="png", dpi=150)
+    draw(results, cfg).savefig(picture, format="png", dpi=120)
     files = {
         "figure.png": picture.getvalue(),
         "table.md": as_markdown(rows, sentences).encode(),
@@ -67,23 +67,16 @@ def table_rows(results: Results) -> list[list[str]]:
     rows = []
     for source, method in results.settings():
         values = accuracies(results, source, method)
-        row = [
-            source,
-            "none",
-            "",
-            "",
-            f"{values.mean():.1f} ± {values.std(ddof=1):.1f}",
-            "",
-            "",
-            "",
-        ]
+        accuracy = f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
+        row = [source, "none", "", "", accuracy, "", "", "", ""]
         if method != PLAIN:
             plain, weighted_sum = against_plain(results, source, method), ""
             if method.rule != "weighted_sum":
                 weighted_sum = marked(against_weighted_sum(results, source, method))
-            conflict = f"{100 * conflict_rate(results.of(source, method)):.0f} %"
+            runs = results.of(source, method)
             row[1:4] = method.regularizer, f"{method.reg_weight:g}", method.rule
-            row[5:] = marked(plain), weighted_sum, conflict
+            row[5:7] = marked(plain), weighted_sum
+            row[7:] = f"{100 * conflict_rate(runs):.0f} %", f"{100 * kept(runs):.0f} %"
         rows.append(row)
     return rows
 
@@ -91,9 +84,6 @@ def table_rows(results: Results) -> list[list[str]]:
 def summary(results: Results, cfg: Config) -> list[str]:
     """What the numbers show, in sentences."""
     regularized = [setting for setting in results.settings() if setting[1] != PLAIN]
-    with_dtnh = [setting for setting in regularized if setting[1].rule == "dtnh"]
-    with_sum = [setting for setting in regularized if setting[1].rule == "weighted_sum"]
-    gains = [against_weighted_sum(results, *setting) for setting in with_dtnh]
     (fitted, fit_held_out), (memorised, unfit_held_out) = (
         100 * np.mean(results.source_accuracy[source], axis=0) for source in SOURCES
     )
@@ -103,7 +93,8 @@ def summary(results: Results, cfg: Config) -> list[str]:
         f"{cfg.seeds} seeds. Differences, in points, pair the runs of a seed: against fine-tuning "
         "from the same source without a regularizer (plain), and against weighted_sum (sum). "
         "▲ helps, ▼ hurts: the mean is farther from 0 than the standard deviation. Conflict: the "
-        f"share of steps and {where} in which the two gradients conflict.",
+        f"share of steps and {where} in which the two gradients of the mini-batch conflict. Kept: "
+        "the length of what the rule leaves of the regularizer's gradient, mean over the steps.",
         f"The fitting source gets {fitted:.1f} % of its training images and {fit_held_out:.1f} % "
         f"of held-out source images right. The unfitting source has learnt {memorised:.1f} % of "
         f"its random labels and gets {unfit_held_out:.1f} % of held-out images right.",
@@ -114,29 +105,37 @@ def summary(results: Results, cfg: Config) -> list[str]:
             f"Plain fine-tuning from the {source} source against training from scratch: {gap} "
             f"points, {gap.verdict}."
         )
-    for rule, of_rule in (("weighted_sum", with_sum), ("dtnh", with_dtnh)):
-        verdicts = [against_plain(results, *setting).verdict for setting in of_rule]
-        sentences.append(f"{rule} against plain fine-tuning, {counted(verdicts)}.")
-    sentences.append(
-        f"dtnh against weighted_sum, {counted([gain.verdict for gain in gains])}; "
-        f"{np.mean([gain.mean for gain in gains]):+.1f} points on average."
-    )
+    for rule in dict.fromkeys(method.rule for _, method in regularized):
+        settings = [setting for setting in regularized if setting[1].rule == rule]
+        differences = [against_plain(results, *setting) for setting in settings]
+        worst, best = (choose(differences, key=lambda each: each.mean) for choose in (min, max))
+        sentence = (
+            f"{rule} against plain fine-tuning, {counted(differences)}; from {worst} to {best} "
+            "points."
+        )
+        if rule != "weighted_sum":
+            gains = [against_weighted_sum(results, *setting) for setting in settings]
+            sentence += f" Against weighted_sum, {counted(gains)}."
+        sentences.append(sentence)
     diverged = sum(not np.isfinite(run.cosine).all() for run in results.fine_tunings)
     if diverged:
         sentences.append(
             f"{diverged} of {len(results.fine_tunings)} fine-tunings diverged: their gradients "
             "were no longer finite, and their accuracy is that of chance."
         )
-    if any(against_plain(results, *setting).verdict == "hurts" for setting in with_dtnh):
+    with_rule = [setting for setting in regularized if setting[1].rule != "weighted_sum"]
+    if any(against_plain(results, *setting).verdict == "hurts" for setting in with_rule):
         sentences.append(
             "What dtnh promises is that its direction does not raise the loss of the mini-batch, "
-            "to first order. Accuracy on held-out images is another matter: ▼ shows where it fell."
+            "to first order. Accuracy on held-out images is another matter, for it and for the "
+            "variants: ▼ shows where it fell."
         )
     return sentences
 
 
-def counted(verdicts: list[str]) -> str:
-    """How often each verdict was given."""
+def counted(differences: list[Difference]) -> str:
+    """How often each verdict is given."""
+    verdicts = [each.verdict for each in differences]
     counts = ", ".join(f"{verdict} in {verdicts.count(verdict)}" for verdict in MARKS)
     return f"{len(verdicts)} settings: {counts}"
 
@@ -147,14 +146,17 @@ def marked(each: Difference) -> str:
 
 
 def as_rich(rows: list[list[str]]) -> Table:
-    """The table for a terminal of 80 columns: a section for each source."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for header in ("regularizer", *COLUMNS[2:]):
+    """The table for a terminal of 80 columns: a section for each source, and in it for each λ."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for header in COLUMNS[3:]:
         table.add_column(header, no_wrap=True)
-    for source, section in itertools.groupby(rows, key=lambda row: row[0]):
+    for source, of_source in itertools.groupby(rows, key=lambda row: row[0]):
         table.add_row(f"[bold]{source}[/bold]")
-        for row in section:
-            table.add_row(*row[1:])
+        for (regularizer, weight), section in itertools.groupby(of_source, lambda row: row[1:3]):
+            if weight:
+                table.add_row(f"[italic]{regularizer} {weight}[/italic]")
+            for row in section:
+                table.add_row(row[3] or "plain", *row[4:])
     return table
 
 
@@ -172,6 +174,11 @@ def accuracies(results: Results, source: str, method: Method) -> np.ndarray:
 def conflict_rate(runs: Sequence[FineTuning]) -> float:
     """The share of (step, group) in which the gradients conflict."""
     return float(np.mean([run.conflict for run in runs]))
+
+
+def kept(runs: Sequence[FineTuning]) -> float:
+    """How much of the regularizer's gradient the rule leaves, a share of its length."""
+    return float(np.mean([run.kept for run in runs]))
 
 
 def difference(these: np.ndarray, those: np.ndarray) -> Difference:
@@ -210,6 +217,7 @@ def as_json(results: Results, cfg: Config) -> dict[str, object]:
                 **dataclasses.asdict(run.method),
                 "accuracy": run.accuracy.tolist(),
                 "conflict_rate": conflict_rate([run]),
+                "kept": kept([run]) if np.isfinite(run.kept).all() else None,
                 "conflict_rate_of_group": dict(
                     zip(run.groups, run.conflict.mean(axis=0).tolist(), strict=True)
                 ),

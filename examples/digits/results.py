@@ -29,8 +29,11 @@ class FineTuning:
         source: One of the sources, or ``"scratch"``.
         method: How it was done.
         accuracy: On the held-out target images, at evenly spaced steps from 0 to the last.
-        cosine: Between loss and regularizer gradient, ``(steps, groups)``.
+        cosine: Between loss and regularizer gradient of the mini-batch, ``(steps, groups)``,
+            whatever the rule holds against each other.
         conflict: Where that is negative, likewise.
+        kept: What the rule leaves of the regularizer's gradient, as a share of its length,
+            ``(steps,)``.
         groups: The names of the groups.
     """
 
@@ -40,6 +43,7 @@ class FineTuning:
     accuracy: np.ndarray
     cosine: np.ndarray
     conflict: np.ndarray
+    kept: np.ndarray
     groups: tuple[str, ...]
 
 

@@ -18,8 +18,7 @@ from examples.digits.data import Split
 from examples.digits.models import Network
 from examples.digits.progress import progress
 from examples.digits.results import PLAIN, FineTuning, Method, Results
-
-RULES = {"weighted_sum": dtnh_jax.weighted_sum, "dtnh": dtnh_jax.dtnh}
+from examples.digits.rules import RULES, is_shared
 
 
 def run(cfg: Config) -> Results:
@@ -60,8 +59,8 @@ def methods(cfg: Config) -> list[Method]:
     return [PLAIN] + [
         Method(regularizer, rule, reg_weight)
         for regularizer, of_regularizer in weights.items()
-        for reg_weight in of_regularizer
-        for rule in RULES
+        for reg_weight in dict.fromkeys(of_regularizer)
+        for rule in dict.fromkeys(("weighted_sum", "dtnh", *cfg.variants))
     ]
 
 
@@ -85,21 +84,24 @@ def fine_tune(
     """Trains on the target task, from the source's backbone and a new head."""
     head = new_network(seed, cfg).params["head"]
     network = source._replace(params=source.params | {"head": head})
-    accuracies, stats = [accuracy(network, splits.target_held_out, cfg)], []
+    accuracies, measured = [accuracy(network, splits.target_held_out, cfg)], []
     evaluate_at = {(cfg.steps * i) // cfg.evaluations for i in range(1, cfg.evaluations + 1)}
     steps = training(network, source, splits.target_train, method, cfg.steps, seed, cfg, advance)
-    for step, (network, step_stats) in enumerate(steps, start=1):
-        stats.append(step_stats)
+    for step, (network, of_step) in enumerate(steps, start=1):
+        measured.append(of_step)
         if step in evaluate_at:
             accuracies.append(accuracy(network, splits.target_held_out, cfg))
+    removed = np.array([each.by_rule.total.removed for each in measured])
     return FineTuning(
         seed=seed,
         source=name,
         method=method,
         accuracy=np.array(accuracies),
-        cosine=np.stack([each.per_group.cosine for each in stats]),
-        conflict=np.stack([each.per_group.conflict for each in stats]),
-        groups=stats[0].groups,
+        cosine=np.stack([each.of_batch.per_group.cosine for each in measured]),
+        conflict=np.stack([each.of_batch.per_group.conflict for each in measured]),
+        # What a rule here keeps is at right angles to what it removes.
+        kept=np.sqrt(np.maximum(1 - removed**2, 0)),
+        groups=measured[0].of_batch.groups,
     )
 
 
@@ -123,6 +125,18 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
+class Measured(NamedTuple):
+    """What a step leaves behind.
+
+    Attributes:
+        of_batch: The conflict of the mini-batch's gradients, in the same groups for every rule.
+        by_rule: The conflict that the rule saw, between what it holds against each other.
+    """
+
+    of_batch: dtnh_jax.ConflictStats
+    by_rule: dtnh_jax.ConflictStats
+
+
 def training(
     start: Network,
     source: Network,
@@ -132,13 +146,13 @@ def training(
     seed: int,
     cfg: Config,
     advance: Callable[[], None],
-) -> Iterator[tuple[Network, dtnh_jax.ConflictStats]]:
+) -> Iterator[tuple[Network, Measured]]:
     """Trains from ``start``, regularized towards ``source``; yields after each step."""
     everything = Batch(*split, np.asarray(predict(source, split.images, cfg)))
-    opt_state = optimizer(method.rule, method.reg_weight, cfg).init(start.params)
+    opt_state = RULES[method.rule](method.reg_weight, cfg).init(start.params)
     state = TrainState(start, opt_state)
     for indices in data.batches(len(split.labels), cfg.batch_size, steps, seed):
-        state, stats = train_step(
+        state, measured = train_step(
             state,
             Batch(*(array[indices] for array in everything)),
             source,
@@ -148,7 +162,7 @@ def training(
             cfg=cfg,
         )
         advance()
-        yield state.network, stats
+        yield state.network, measured
 
 
 # The weight is an argument like the batch, so that one compilation serves all weights.
@@ -162,7 +176,7 @@ def train_step(
     regularizer: str,
     rule: str,
     cfg: Config,
-) -> tuple[TrainState, dtnh_jax.ConflictStats]:
+) -> tuple[TrainState, Measured]:
     """One step of fine-tuning."""
     (params, batch_stats), opt_state = state
 
@@ -186,21 +200,17 @@ def train_step(
         return (losses.mean(), reg), models.batch_stats(student)
 
     (_, batch_stats), pair = objective(params)
-    updates, opt_state = optimizer(rule, reg_weight, cfg).update(pair, opt_state, params)
+    updates, opt_state = RULES[rule](reg_weight, cfg).update(pair, opt_state, params)
     network = Network(optax.apply_updates(params, updates), batch_stats)
-    return TrainState(network, opt_state), dtnh_jax.conflict_stats(opt_state)
+    measured = Measured(conflict(pair, cfg), dtnh_jax.conflict_stats(opt_state))
+    return TrainState(network, opt_state), measured
 
 
-def optimizer(
-    rule: str, reg_weight: jax.typing.ArrayLike, cfg: Config
-) -> optax.GradientTransformationExtraArgs:
-    """SGD with momentum, behind the rule that joins the two gradients into one."""
-
-    def is_shared(params: Any) -> Any:
-        return {name: name != "head" for name in params}
-
-    join = RULES[rule](reg_weight, scope=cfg.scope, mask=is_shared)
-    return optax.chain(join, optax.sgd(cfg.learning_rate, momentum=0.9))
+def conflict(pair: dtnh_jax.GradientPair, cfg: Config) -> dtnh_jax.ConflictStats:
+    """Where two gradients conflict."""
+    meter = dtnh_jax.weighted_sum(0.0, scope=cfg.scope, mask=is_shared)
+    _, state = meter.update(pair, meter.init(pair.loss_grads))
+    return dtnh_jax.conflict_stats(state)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
