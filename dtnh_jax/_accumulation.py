@@ -111,10 +111,8 @@ def accumulate_pairs(
 
         def wait(sums: GradientPair, optimizer_state: Any) -> tuple[PyTree, GradientPair, Any]:
             like = jax.eval_shape(step, sums, optimizer_state)[0]
-            # Zeros like the gradients, so that explicit shardings are the same in both branches.
-            zero = jax.tree.map(
-                lambda x, grad: jnp.zeros_like(grad, dtype=x.dtype), like, pair.loss_grads
-            )
+            # With its sharding, which is a part of the type where the mesh is explicit.
+            zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), like)
             return zero, sums, optimizer_state
 
         steps, sums, optimizer_state = jax.lax.cond(

@@ -92,6 +92,22 @@ def test_projecting_each_micro_batch_is_another_method():
     np.testing.assert_allclose(sum(apart) / 2, [0.5, 0.5])
 
 
+def test_containers_of_gradients_may_be_others_than_those_of_params():
+    freeze = pytest.importorskip("flax.core").freeze
+    tx = dtnh_jax.accumulate_pairs(optimizer("sgd"), 2)
+    params, grads = tree(50), freeze(tree(0))
+    state = tx.init(params)
+    first, state = tx.update((grads, grads), state, params)
+    second, _ = tx.update((grads, grads), state, params)
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    assert (
+        relative_error(
+            dict(second), optimizer("sgd").update((tree(0),) * 2, optimizer("sgd").init(params))[0]
+        )
+        < 1e-6
+    )
+
+
 def test_errors():
     inner = optimizer("sgd")
     with pytest.raises(ValueError, match=r"every_k must be at least 1.*got 0"):
