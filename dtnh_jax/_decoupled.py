@@ -57,7 +57,8 @@ def decoupled(
         optimizer: Any optax optimizer, learning rate included.
         reg_weight: $\lambda \ge 0$, as in [`dtnh`][dtnh_jax.dtnh]. The regularizer's step is the
             plain gradient's, not the optimizer's: with Adam, whose steps do not grow with the
-            gradient, a weight means something else than inside the chain.
+            gradient, a weight means something else than inside the chain; with a momentum of
+            $\mu$ it is gentler by up to $1/(1-\mu)$ out here.
         learning_rate: $\gamma$, a number or an optax schedule of the step; as a rule the one that
             `optimizer` was made with.
         scope: As in [`dtnh`][dtnh_jax.dtnh].

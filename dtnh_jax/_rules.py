@@ -86,7 +86,8 @@ def dtnh(
             mean over many batches, `optax.trace(0.9)`, the momentum of SGD,
             `optax.scale_by_adam()`, Adam's step. Then $\langle d - a, r\rangle \ge 0$ is
             promised, and the inequality above is not. It costs the transformation's state, for an
-            average one tree of the size of params.
+            average one tree of the size of params. With scope `"element"` it is for regularizers
+            without noise, such as L2-SP: in the demo a slow average hurt distillation.
         mask: `None`, or a tree of booleans with the structure of params (one may stand for a
             subtree), or a function from params to it: `False` where the regularizer shall not
             act.
