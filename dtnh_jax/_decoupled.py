@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from dtnh_jax._gradients import GradientPair
-from dtnh_jax._gramian import changed
+from dtnh_jax._gramian import changed, times
 from dtnh_jax._groups import Mask, Scope
-from dtnh_jax._numerics import widened
+from dtnh_jax._numerics import compute_dtype
 from dtnh_jax._reference import Reference
 from dtnh_jax._rules import Action, Mode, dtnh_rule
 from dtnh_jax._transform import (
@@ -18,8 +18,9 @@ from dtnh_jax._transform import (
     changes_transformation,
     pair_transformation,
 )
-from dtnh_jax._tree import PyTree, check_same_shape, is_absent, lay_over, leaf_names, leaves_of
+from dtnh_jax._tree import PyTree, is_absent
 from dtnh_jax._unpack import unpack
+from dtnh_jax.regularizers import l2_sp_gradient
 
 
 class DecoupledState(NamedTuple):
@@ -119,7 +120,7 @@ def decoupled(
         rate = learning_rate(count) if callable(learning_rate) else learning_rate
         leaves, treedef = jax.tree.flatten(steps, is_leaf=is_absent)
         together = [
-            changed(leaf, [-jnp.asarray(rate, jnp.finfo(x.dtype).dtype) * x for x in of_leaf])
+            changed(leaf, [times(-jnp.asarray(rate, compute_dtype(x.dtype)), x) for x in of_leaf])
             if of_leaf
             else leaf
             for leaf, of_leaf in zip(leaves, changes, strict=True)
@@ -200,24 +201,9 @@ def add_l2_sp(
                 "add_l2_sp wants the params that it pulls back to the pre-trained ones: call "
                 "tx.update(grads, state, params)."
             )
-        pair = GradientPair(updates, _displacement(params, pretrained))
-        return rule.update(pair, state, params)
+        # The conjugate of a gradient points where the weight does: for complex leaves it is w - w0,
+        # as what `optax.add_decayed_weights` adds is w.
+        pull = jax.tree.map(jnp.conj, l2_sp_gradient(params, pretrained))
+        return rule.update(GradientPair(updates, pull), state, params)
 
     return optax.GradientTransformationExtraArgs(rule.init, update)
-
-
-def _displacement(params: PyTree, pretrained: PyTree) -> PyTree:
-    """``w - w0``, ``None`` where there is no ``w0``."""
-    starts = lay_over(pretrained, params, what="pretrained", over="params", one_for_many=False)
-    leaves = []
-    for name, weight, start in zip(leaf_names(params), leaves_of(params), starts, strict=True):
-        if is_absent(weight) or is_absent(start):
-            leaves.append(None)
-        else:
-            check_same_shape(name, weight, start)
-            weight = jnp.asarray(weight)
-            # In float32 at least: near the start a bfloat16 difference has no digits left.
-            dtype = jnp.finfo(weight.dtype).dtype if weight.dtype.itemsize >= 4 else jnp.float32
-            wide = widened(weight, jnp.dtype(dtype))
-            leaves.append(wide - jnp.asarray(start).astype(wide.dtype))
-    return jax.tree.structure(params, is_leaf=is_absent).unflatten(leaves)

@@ -148,6 +148,28 @@ def test_add_l2_sp_takes_the_gradient_of_the_regularizer():
     assert relative_error(updates, wanted) <= 1e-6
 
 
+def test_add_l2_sp_near_the_start_in_half_precision():
+    """The difference is taken before it is rounded."""
+    start = {"w": jnp.array([256.0, 1.0])}
+    params = {"w": jnp.array([258.0, 1.0], jnp.bfloat16)}
+    tx = dtnh_jax.add_l2_sp({"w": start["w"] + 0.5}, 1.0)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zero, tx.init(params), params)
+    assert updates["w"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.float32(updates["w"]), [1.5, -0.5])
+
+
+def test_complex_leaves_are_pulled_back_to_where_they_came_from():
+    w0, w = jnp.array([1.0 + 1.0j]), jnp.array([2.0 + 3.0j])
+    tx = optax.chain(dtnh_jax.add_l2_sp(w0, 1.0), optax.sgd(1.0))
+    updates, _ = tx.update(jnp.zeros_like(w), tx.init(w), w)
+    np.testing.assert_allclose(w + updates, w0)
+    with jax.numpy_dtype_promotion("strict"):
+        tx = dtnh_jax.decoupled(optax.sgd(0.1), 2.0, learning_rate=0.5)
+        updates, _ = tx.update((0 * w, w - w0), tx.init(w), w)
+    np.testing.assert_allclose(w + updates, w0)
+
+
 def test_add_l2_sp_errors():
     params = tree(0)
     tx = dtnh_jax.add_l2_sp({**tree(1), "dense": None}, 1.0)

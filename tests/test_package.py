@@ -26,8 +26,6 @@ ROOMS = [
     "_transform",
     "_rules",
     "_rivals",
-    "_decoupled",
-    "_accumulation",
     "regularizers._batch",
     "regularizers._weights",
     "regularizers._fisher",
@@ -36,6 +34,8 @@ ROOMS = [
     "regularizers._features",
     "regularizers._inputs",
     "regularizers",
+    "_decoupled",
+    "_accumulation",
     "",
 ]
 
