@@ -10,7 +10,6 @@ import optax
 
 from dtnh_jax._gramian import Gramian, divided, inner_product, times
 from dtnh_jax._numerics import ratio
-from dtnh_jax._tree import unbox
 from dtnh_jax._weightings import Weights
 
 
@@ -156,7 +155,7 @@ def conflict_stats(opt_state: Any) -> ConflictStats:
         )
     joined = Measurement(
         *(
-            jnp.concatenate([unbox(getattr(one, name)) for one in measurements], axis=-1)
+            jnp.concatenate([getattr(one, name) for one in measurements], axis=-1)
             for name in Measurement._fields
         )
     )

@@ -25,11 +25,6 @@ def is_array(node: Any) -> bool:
     return isinstance(node, jax.Array | np.ndarray | np.generic | int | float | complex)
 
 
-def unbox(node: Any) -> Any:
-    """The array in a box of Flax NNX; anything else as it is."""
-    return node.get_value() if hasattr(node, "get_metadata") else node
-
-
 def leaves_of(tree: PyTree) -> list[Any]:
     """The leaves of ``tree`` in order, absent ones included."""
     return jax.tree.leaves(tree, is_leaf=is_absent)

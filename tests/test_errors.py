@@ -60,6 +60,12 @@ def test_lone_tree_that_happens_to_be_a_tuple_of_two():
         update(params, params, tx)
 
 
+def test_lone_dict_with_keys_zero_and_one():
+    params = {0: jnp.ones(2), 1: jnp.ones(2)}
+    with pytest.raises(TypeError, match="as a pair; got one tree"):
+        update(params, params)
+
+
 def test_pair_of_a_tuple_of_two_is_understood():
     params = (jnp.ones(2), jnp.ones(2))
     direction, _ = update((params, params), params, params=params)
