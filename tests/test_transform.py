@@ -208,7 +208,11 @@ def test_masked_carries_the_separate_style(pair):
     wanted, _ = direction_of(dtnh_jax.dtnh(1.0, mask=mask), *pair)
     assert relative_error(got, wanted) <= 1e-6
     assert dtnh_jax.conflict_stats(state).groups == ("global",)
-    by_layer = optax.masked(dtnh_jax.dtnh(1.0, scope="layer"), mask).init(params)
+    leaf_by_leaf = {
+        **jax.tree.map(lambda _: True, params),
+        "dense": {"kernel": False, "bias": False},
+    }
+    by_layer = optax.masked(dtnh_jax.dtnh(1.0, scope="layer"), leaf_by_leaf).init(params)
     assert dtnh_jax.conflict_stats(by_layer).groups == (".", "block/conv", "block/norm")
 
 
