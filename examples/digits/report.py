@@ -4,17 +4,16 @@ import dataclasses
 import io
 import itertools
 import json
-import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 
 import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from examples.common.files import write
 from examples.digits.config import Config
 from examples.digits.figure import draw
 from examples.digits.results import PLAIN, SOURCES, FineTuning, Method, Results
@@ -225,10 +224,3 @@ def as_json(results: Results, cfg: Config) -> dict[str, object]:
             for run in results.fine_tunings
         ],
     }
-
-
-def write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)

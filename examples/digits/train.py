@@ -12,11 +12,11 @@ import optax
 
 import dtnh_jax
 from dtnh_jax import regularizers
+from examples.common.progress import progress
 from examples.digits import data, models
 from examples.digits.config import Config
 from examples.digits.data import Split
 from examples.digits.models import Network
-from examples.digits.progress import progress
 from examples.digits.results import PLAIN, FineTuning, Method, Results
 from examples.digits.rules import RULES, is_shared
 
