@@ -127,7 +127,7 @@ def accumulate_pairs(
 
 def _added(sums: PyTree, grads: PyTree, what: str) -> PyTree:
     """``sums + grads`` in the dtypes of ``sums``, which stay as they are where nothing comes."""
-    leaves, treedef = jax.tree.flatten(sums)
+    leaves, treedef = jax.tree.flatten(sums, is_leaf=is_absent)
     entries = lay_over(grads, sums, what=what, over="params", one_for_many=False)
     return treedef.unflatten(
         [
@@ -140,7 +140,7 @@ def _added(sums: PyTree, grads: PyTree, what: str) -> PyTree:
 def _means(sums: PyTree, grads: PyTree, every_k: int) -> PyTree:
     """``sums / every_k`` in the dtypes of ``grads``, absent where those are."""
     entries = lay_over(grads, sums, what="grads", over="params", one_for_many=False)
-    leaves, treedef = jax.tree.flatten(sums)
+    leaves, treedef = jax.tree.flatten(sums, is_leaf=is_absent)
     return treedef.unflatten(
         [
             None if is_absent(grad) else (total / every_k).astype(jnp.result_type(grad))

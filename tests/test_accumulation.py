@@ -119,3 +119,15 @@ def test_errors():
     params = tree(0)
     with pytest.raises(TypeError, match="as a pair"):
         tx.update(params, tx.init(params), params)
+
+
+def test_leaves_that_are_frozen_stay_out():
+    tx = dtnh_jax.accumulate_pairs(optimizer("sgd"), 2)
+    whole, frozen = tree(50), {**tree(50), "dense": None}
+    state, whole_state = tx.init(frozen), tx.init(whole)
+    for seed in (0, 1):
+        a, b = tree(seed), {**tree(100 + seed), "dense": None}
+        updates, state = tx.update(({**a, "dense": None}, b), state, frozen)
+        wanted, whole_state = tx.update((a, b), whole_state, whole)
+    assert updates["dense"] is None
+    assert relative_error(updates, {**wanted, "dense": None}) <= 1e-6
