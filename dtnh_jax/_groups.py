@@ -105,8 +105,9 @@ def reached(tree: PyTree, mask: Mask) -> list[bool]:
     else:
         mask_tree = mask(tree) if callable(mask) else mask
         entries = lay_over(mask_tree, tree, what="mask", over="params", one_for_many=True)
-    for path, entry in zip(paths, entries, strict=True):
-        if not isinstance(entry, bool | np.bool_):
+    for path, leaf, entry in zip(paths, leaves, entries, strict=True):
+        # A mask that is mapped from params has nothing where they have nothing.
+        if not isinstance(entry, bool | np.bool_) and not (is_absent(leaf) and is_absent(entry)):
             raise TypeError(
                 "mask must hold True (the regularizer acts here) or False (it does not); "
                 f"got {entry!r} at {path_name(path)!r}."

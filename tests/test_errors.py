@@ -191,3 +191,10 @@ def test_conflict_stats_without_a_rule():
     silent = dtnh_jax.dtnh(0.1, diagnostics=False).init(params)
     with pytest.raises(ValueError, match="diagnostics=True"):
         dtnh_jax.conflict_stats(silent)
+
+
+def test_a_mask_has_nothing_where_params_have_nothing():
+    params = {**A, "dense": None}
+    mask = jax.tree.map(lambda _: True, params)
+    state = dtnh_jax.dtnh(0.1, scope="leaf", mask=mask).init(params)
+    assert state.groups.keys() == dtnh_jax.dtnh(0.1, scope="leaf").init(params).groups.keys()

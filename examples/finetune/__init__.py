@@ -1,0 +1,1 @@
+"""Fine-tune a real ResNet from pre-trained weights, on one device or many."""
