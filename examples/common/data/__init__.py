@@ -1,0 +1,29 @@
+"""Images from folders or tensorflow-datasets: split, augmented, batched and sent to devices."""
+
+from examples.common.data.batches import (
+    Batch,
+    DeviceBatches,
+    evaluation_batches,
+    to_device,
+    train_batches,
+)
+from examples.common.data.config import DataConfig
+from examples.common.data.dataset import Dataset, load
+from examples.common.data.images import CorruptImageError, augment, centre_crop, decode
+from examples.common.data.sources import Source
+
+__all__ = [
+    "Batch",
+    "CorruptImageError",
+    "DataConfig",
+    "Dataset",
+    "DeviceBatches",
+    "Source",
+    "augment",
+    "centre_crop",
+    "decode",
+    "evaluation_batches",
+    "load",
+    "to_device",
+    "train_batches",
+]

@@ -1,0 +1,1 @@
+"""Caltech-256 for tensorflow-datasets."""

@@ -1,0 +1,1 @@
+"""MIT Indoor 67 for tensorflow-datasets."""

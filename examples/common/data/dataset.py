@@ -1,0 +1,54 @@
+"""A data set by its name: the one door to folders and tensorflow-datasets."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from examples.common.data.config import DataConfig
+from examples.common.data.sources import Source, open_folder, open_tfds
+from examples.common.data.splits import split
+
+
+class Dataset(NamedTuple):
+    """Images for training, for choosing, and for the one test.
+
+    Attributes:
+        name: What was asked for.
+        train: Training images.
+        validation: Images that settings and checkpoints are chosen on.
+        test: Images that nothing is chosen on.
+        class_names: The name of each label.
+    """
+
+    name: str
+    train: Source
+    validation: Source
+    test: Source
+    class_names: tuple[str, ...]
+
+
+def load(config: DataConfig) -> Dataset:
+    """Opens the data set of ``config`` and splits it.
+
+    Args:
+        config: Which, from where, and how it is split.
+
+    Returns:
+        The splits, which share no image that the publisher's splits do not share.
+
+    Raises:
+        ValueError: If there is no such data set, or it does not fit ``config``.
+        ImportError: If it is of tensorflow-datasets and that is not installed.
+    """
+    folder = Path(config.dataset).expanduser()
+    if folder.is_dir():
+        if config.data_dir is not None:
+            raise ValueError(
+                f"{folder} is a folder of images, and data_dir is for tensorflow-datasets; got "
+                f"{config.data_dir}. Leave one of them out."
+            )
+        published, class_names = open_folder(folder)
+    elif config.dataset.startswith((".", "/", "~")):
+        raise ValueError(f"There is no folder {folder}.")
+    else:
+        published, class_names = open_tfds(config.dataset, config.data_dir)
+    return Dataset(config.dataset, *split(published, config, class_names), class_names)

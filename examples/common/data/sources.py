@@ -1,0 +1,294 @@
+"""Images that are read and decoded when they are asked for, from folders or tensorflow-datasets."""
+
+import itertools
+import threading
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+
+from examples.common.data.images import CorruptImageError, decode
+
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+_SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+
+
+class Example(TypedDict):
+    """One image.
+
+    ``image`` is ``(height, width, 3)``, uint8; ``name`` is for people.
+    """
+
+    image: np.ndarray
+    label: int
+    name: str
+
+
+class Encoded(NamedTuple):
+    """One image as it is stored."""
+
+    data: bytes
+    label: int
+    name: str
+
+
+class Source:
+    """Some of the images of a folder or a data set; ``source[i]`` decodes one.
+
+    Attributes:
+        skipped: The images left out because they cannot be decoded, with the reason, as far as
+            they have come up.
+    """
+
+    def __init__(
+        self, images: "FolderImages | TfdsImages", indices: np.ndarray | None = None
+    ) -> None:
+        self._images = images
+        self._indices = np.arange(len(images)) if indices is None else indices
+        self.skipped: dict[str, str] = {}
+        self._reporting = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Example:
+        data, label, name = self._images.read(int(self._indices[index]))
+        return {"image": decode(data, name), "label": label, "name": name}
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The labels, ``(n,)``, int32, without decoding an image."""
+        return self._images.labels[self._indices]
+
+    def select(self, indices: np.ndarray) -> "Source":
+        """The images at ``indices``, in the order of this source."""
+        return Source(self._images, self._indices[np.sort(indices)])
+
+    def skip(self, error: CorruptImageError) -> None:
+        """Remembers an image that is left out, and warns of it the first time."""
+        with self._reporting:
+            is_new = error.name not in self.skipped
+            self.skipped[error.name] = error.reason
+        if is_new:
+            warnings.warn(f"Left out: {error.name}, {error.reason}.", stacklevel=2)
+
+
+@dataclass(frozen=True)
+class FolderImages:
+    """The image files of one split, class by class.
+
+    Attributes:
+        root: Names are told from here.
+        files: The files.
+        labels: ``(n,)``, int32.
+    """
+
+    root: Path
+    files: tuple[Path, ...]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, index: int) -> Encoded:
+        """Reads the file at ``index``."""
+        file = self.files[index]
+        name = file.relative_to(self.root).as_posix()
+        return Encoded(file.read_bytes(), int(self.labels[index]), name)
+
+
+def open_folder(root: Path) -> tuple[dict[str, Source], tuple[str, ...]]:
+    """Finds the images of a folder.
+
+    Args:
+        root: Has ``<class>/*.jpg`` in it, or ``train/<class>/*.jpg`` with ``test`` and
+            ``validation`` (or ``val``) beside it.
+
+    Returns:
+        The splits, and the class names in the order of their labels, which is alphabetical.
+
+    Raises:
+        ValueError: If a class is empty, unknown to ``train`` or the only one.
+    """
+    folders = {_SPLIT_FOLDERS[f.name]: f for f in _subfolders(root) if f.name in _SPLIT_FOLDERS}
+    if folders and "train" not in folders:
+        raise ValueError(
+            f"{root} has {', '.join(folder.name for folder in folders.values())} but no train."
+        )
+    folders = folders or {"train": root}
+    class_names = tuple(folder.name for folder in _subfolders(folders["train"]))
+    if len(class_names) < 2:
+        raise ValueError(
+            f"{folders['train']} must have a folder of images for each of two or more classes; "
+            f"it has {len(class_names)}: {', '.join(class_names) or 'none'}."
+        )
+    return {
+        name: Source(_folder_images(root, folder, class_names)) for name, folder in folders.items()
+    }, class_names
+
+
+def _folder_images(root: Path, folder: Path, class_names: tuple[str, ...]) -> FolderImages:
+    present = {subfolder.name for subfolder in _subfolders(folder)}
+    if unknown := sorted(present - set(class_names)):
+        raise ValueError(
+            f"{folder} has classes that there are no training images of: {', '.join(unknown)}."
+        )
+    if missing := [name for name in class_names if name not in present]:
+        warnings.warn(f"{folder} has no images of {', '.join(missing)}.", stacklevel=4)
+    files, labels = [], []
+    for label, name in enumerate(class_names):
+        if name in present:
+            of_class = _image_files(folder / name)
+            files += of_class
+            labels += [label] * len(of_class)
+    return FolderImages(root, tuple(files), np.array(labels, np.int32))
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(
+        entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
+    )
+
+
+def _image_files(folder: Path) -> list[Path]:
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    images = [entry for entry in entries if entry.suffix.lower() in _EXTENSIONS]
+    if not images:
+        found = sorted({entry.suffix or entry.name for entry in entries})
+        raise ValueError(
+            f"{folder} has no image: files must end in {', '.join(_EXTENSIONS)}; it has "
+            f"{', '.join(found[:5]) or 'nothing'}."
+        )
+    return images
+
+
+class TfdsImages:
+    """One split of a prepared data set, read without TensorFlow."""
+
+    def __init__(self, builder: Any, split: str) -> None:
+        import tensorflow_datasets as tfds
+
+        image, label, *_ = builder.info.supervised_keys
+        file_names = [key for key in builder.info.features if "file" in key and "name" in key]
+        self._keys = image, label, *file_names[:1]
+        self._where = f"{builder.info.full_name}, {split}"
+        # Reading what is needed alone spares decoding boxes, masks and the like.
+        self._features: Any = tfds.features.FeaturesDict(
+            {key: builder.info.features[key] for key in self._keys}
+        )
+        self._label_alone: Any = tfds.features.FeaturesDict({label: builder.info.features[label]})
+        self._decoders = {image: tfds.decode.SkipDecoding()}
+        self._records = builder.as_data_source(
+            split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+        )
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def read(self, index: int) -> Encoded:
+        """Reads the record at ``index``."""
+        record = self._features.deserialize_example_np(
+            self._records[index], decoders=self._decoders
+        )
+        image, label, *file_name = (record[key] for key in self._keys)
+        name = f"{self._where}[{index}]" + "".join(f", {text.decode()}" for text in file_name)
+        return Encoded(image, int(label), name)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The labels, ``(n,)``, int32. Every record is read once for them."""
+        _, key, *_ = self._keys
+        indices = range(len(self))
+        chunks = (indices[start : start + 256] for start in indices[::256])
+        records = itertools.chain.from_iterable(map(self._records.__getitems__, chunks))
+        labels = (self._label_alone.deserialize_example_np(record)[key] for record in records)
+        return np.fromiter(labels, np.int32, len(self))
+
+
+def open_tfds(name: str, data_dir: str | None) -> tuple[dict[str, Source], tuple[str, ...]]:
+    """Opens a data set that tensorflow-datasets has prepared.
+
+    Args:
+        name: Such as ``cifar10``; ``:version`` and ``/config`` may follow.
+        data_dir: Where it was prepared; None: the default of tensorflow-datasets.
+
+    Returns:
+        The labelled splits, and the class names.
+
+    Raises:
+        ValueError: If it is unknown, not prepared, or not stored for random access.
+    """
+    builder = tfds_builder(name, data_dir)
+    where = f" --data-dir {data_dir}" if data_dir else ""
+    if not builder.is_prepared():
+        raise ValueError(
+            f"{name} is not prepared in {builder.data_dir}. Download and prepare it with\n"
+            f"    python -m examples.finetune.prepare {name}{where}"
+        )
+    keys = builder.info.supervised_keys
+    names = getattr(builder.info.features[keys[1]], "names", None) if keys else None
+    if not names:
+        raise ValueError(f"{name} is no set of images with one class each: {builder.info.features}")
+    check_random_access(builder)
+    splits = {
+        split: TfdsImages(builder, split)
+        for split in ("train", "validation", "test")
+        if split in builder.info.splits
+    }
+    # The test images of competitions have the label -1.
+    labelled = {split: x for split, x in splits.items() if len(x) and x.read(0).label >= 0}
+    return {split: Source(images) for split, images in labelled.items()}, tuple(names)
+
+
+def check_random_access(builder: Any) -> None:
+    """Refuses a prepared data set that can only be read from its beginning.
+
+    Args:
+        builder: Of the data set.
+
+    Raises:
+        ValueError: If it is not stored as array_record.
+    """
+    import tensorflow_datasets as tfds
+
+    if not builder.info.available_file_formats() & tfds.core.FileFormat.with_random_access():
+        raise ValueError(
+            f"{builder.data_dir} is stored as {builder.info.file_format.value}, not as "
+            "array_record, which random access needs, and tensorflow-datasets stores a version "
+            "only once in a place. Prepare it again elsewhere with\n"
+            f"    python -m examples.finetune.prepare {builder.name} --data-dir ..."
+        )
+
+
+def tfds_builder(name: str, data_dir: str | None) -> Any:
+    """The builder of a data set, of tensorflow-datasets or of ours.
+
+    Args:
+        name: Such as ``cifar10`` or ``indoor67``.
+        data_dir: Where sets are prepared; None: the default of tensorflow-datasets.
+
+    Returns:
+        The ``tfds.core.DatasetBuilder``.
+
+    Raises:
+        ValueError: If there is no such data set.
+        ImportError: Without tensorflow-datasets.
+    """
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is no folder here; to take it as a name of tensorflow-datasets, "
+            "`pip install tensorflow-datasets`."
+        ) from error
+    from examples.common.data import builders  # noqa: F401 (tensorflow-datasets now knows them)
+
+    try:
+        return tfds.builder(name, data_dir=data_dir)
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(
+            f"{name} is neither a folder here nor a name of tensorflow-datasets."
+        ) from error
