@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import get_args
 
+import jax
 import tyro
 
 from examples.finetune import train
@@ -34,11 +35,12 @@ def main(arguments: list[str]) -> int:
     try:
         config = parse(arguments)
         outcome = train.run(config)
-        report(outcome, config.output.out)
+        if jax.process_index() == 0:
+            report(outcome, config.output.out)
     except train.StoppedError as stopped:
         print(stopped, file=sys.stderr)
         return 128 + 15  # as a shell has it for SIGTERM
-    except (ValueError, FileNotFoundError, CheckpointError, train.DivergedError) as error:
+    except (ValueError, OSError, ImportError, CheckpointError, train.DivergedError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -64,11 +64,11 @@ class ModelConfig:
     """The network and where its weights come from."""
 
     init: str | None = None
-    """Pre-trained weights: a .safetensors file, a folder that has one, or a name on the Hugging
-    Face hub such as timm/resnet50.a1_in1k. Without it, training is from scratch."""
+    """Weights: a .safetensors file, a folder with one, or a name on the Hugging Face hub.
+    Names look like timm/resnet50.a1_in1k. Without weights, training is from scratch."""
     architecture: str | None = None
-    """resnet18, 34, 50, 101, 152, or cifar_resnet20, 32, 44, 56, 110. Read off the weights where
-    there are any."""
+    """resnet18, 34, 50, 101, 152, or cifar_resnet20, 32, 44, 56, 110.
+    Read off the weights where there are any."""
     width: int | None = None
     """Channels of the first stage, where training is from scratch; the standard ones if not set."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -78,8 +78,8 @@ class ModelConfig:
     freeze: tuple[str, ...] = ()
     """Parameters that are not trained, as globs on their paths: conv1 'layer1/*'."""
     mean: tuple[float, float, float] | None = None
-    """Mean of the channels, from 0 to 1, that images are standardised by. If not set, that of the
-    weights' file, or ImageNet's."""
+    """Mean of the channels, from 0 to 1, that images are standardised by.
+    If not set, that of the weights' file, or ImageNet's."""
     std: tuple[float, float, float] | None = None
     """Standard deviation of the channels, likewise."""
 
@@ -101,19 +101,19 @@ class TransferConfig:
     action: Literal["project", "gate", "cosine"] = "project"
     """dtnh, decoupled: what to do on conflict. gate drops the regularizer's gradient."""
     reference_decay: float = 0.0
-    """dtnh, decoupled: hold the regularizer against an exponential average of the loss gradient
-    with this decay. 0: against the batch's own, as in the paper."""
+    """dtnh, decoupled: hold the regularizer against an average of the loss gradient, of this decay.
+    0: against the batch's own, as in the paper."""
     features: tuple[str, ...] = ()
-    """Feature maps that the feature regularizers look at, by path. If not set, the stages' outputs;
-    for delta_attention, the last convolution of each."""
+    """Feature maps that the feature regularizers look at, by path.
+    If not set, the stages' outputs; for delta_attention, the last convolution of each."""
     temperature: float = 2.0
     """Of distillation."""
     epsilon: float = 0.03
-    """adversarial, virtual_adversarial: the size of the change, images being from 0 to 1; for the
-    latter in the 2-norm, per pixel and channel."""
+    """adversarial, virtual_adversarial: the size of the change, images being from 0 to 1.
+    For the latter it is the root of the mean square."""
     estimation_images: int = 1024
-    """Training images that the Fisher information, DELTA's channel weights and Co-Tuning's
-    relationship are estimated from, once, before training."""
+    """l2_sp_fisher, delta_attention, co_tuning: training images that they are estimated from.
+    Once, before training."""
 
     @property
     def weight(self) -> float:
@@ -152,8 +152,8 @@ class TrainingConfig:
     label_smoothing: float = 0.0
     """The share of the label that goes to all classes alike."""
     clip_norm: float | None = None
-    """The longest direction. It is clipped after the rule: before it, the loss's gradient would
-    shrink with the regularizer's."""
+    """The longest direction.
+    It is clipped after the rule. Before it, the loss's would shrink with the regularizer's."""
     accumulate: int = 1
     """Micro-batches in a step. Both gradients are averaged over them, then the rule acts once."""
     average_decay: float | None = None
@@ -173,7 +173,8 @@ class DeviceConfig:
     """Which devices share the work."""
 
     mesh: str = "data"
-    """data: every device has all weights and a part of the batch. fsdp: and a part of the weights.
+    """data: every device has all weights and a part of the batch.
+    fsdp: and a part of the weights.
     4x2: four such groups of two that share the weights."""
     coordinator: str | None = None
     """Address, host:port, of the first of several processes; auto: what the cluster says."""
@@ -217,12 +218,13 @@ NEED_SOURCE = frozenset(REG_WEIGHTS) - {
 
 @dataclass(frozen=True)
 class Config:
-    """Fine-tune a ResNet, with a regularizer that the task's loss cannot be hurt by."""
+    """Fine-tune a ResNet, and keep the regularizer from fighting the task."""
 
     data: DataConfig
     preset: PresetName = "standard"
-    """What is not set on the command line. paper: the literature's protocol, 224 px, 9,000 steps of
-    64 at 0.01, falling tenfold after 6,000. cpu: 32 px and 300 steps, for a CIFAR ResNet."""
+    """What is not set on the command line.
+    paper: the literature's protocol, 224 px, 9,000 steps of 64 at 0.01, tenfold less after 6,000.
+    cpu: 32 px and 300 steps, for a CIFAR ResNet."""
     model: ModelConfig = field(default_factory=ModelConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -31,7 +31,10 @@ def make_optimizer(
         A transformation that takes a ``dtnh_jax.GradientPair``.
     """
     after = _after_the_rule(training)
-    if transfer.rule == "decoupled":
+    if transfer.regularizer == "none":
+        # Of a pair, the loss's gradient is taken.
+        optimizer = optax.chain(dtnh_jax.weighted_sum(0.0, diagnostics=False), after)
+    elif transfer.rule == "decoupled":
         # As long as the step would become in momentum, so that λ means the same as elsewhere.
         sgd_gain = 1 / (1 - training.momentum) if training.optimizer == "sgd" else 1.0
         rate = learning_rate(training)

@@ -50,14 +50,15 @@ class Measured(NamedTuple):
         reg: The regularizer.
         accuracy: The share of images that were right, before the step.
         grad_norm: Of the loss's gradient.
-        conflict: Where the regularizer fought the loss in the step that was made last.
+        conflict: Where the regularizer fought the loss in the step that was made last; ``None``
+            without a regularizer.
     """
 
     loss: jax.Array
     reg: jax.Array
     accuracy: jax.Array
     grad_norm: jax.Array
-    conflict: dtnh_jax.ConflictStats
+    conflict: dtnh_jax.ConflictStats | None
 
 
 class Program(NamedTuple):
@@ -153,7 +154,9 @@ def micro_step(
         reg=reg,
         accuracy=jnp.mean(jnp.argmax(output.logits, axis=-1) == batch.labels),
         grad_norm=optax.tree.norm(pair.loss_grads),
-        conflict=dtnh_jax.conflict_stats(opt_state),
+        conflict=None
+        if task.config.transfer.regularizer == "none"
+        else dtnh_jax.conflict_stats(opt_state),
     )
     return state, measured
 

@@ -309,7 +309,7 @@ class Meter:
             learning_rate=float(np.asarray(self._learning_rate(step - 1))),
             images_per_second=n_images / seconds,
             waiting=waited / seconds,
-            **(of_conflict(conflict) if conflict.groups else {}),
+            **({} if conflict is None else of_conflict(conflict)),
         )
 
     @contextlib.contextmanager

@@ -1,0 +1,132 @@
+"""`python -m examples.finetune.compare RUN...`: runs side by side, the seeds of each as one row."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import tyro
+from rich.console import Console
+
+from examples.finetune.report import as_markdown_table, as_rich
+
+PROGRAM = "python -m examples.finetune.compare"
+# Runs that differ in nothing else are repetitions of each other.
+REPEATED = ("training.seed", "data.split_seed")
+# What a run does, but not what comes out of it.
+IGNORED = ("output.", "devices.", "data.workers", "training.evaluation_batch_size")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Compare finished runs: mean and standard deviation over seeds."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Directories of runs, each with its summary.json."""
+    baseline: Path | None = None
+    """One of them: differences are taken against its setting, seed by seed."""
+    markdown: bool = False
+    """Print a Markdown table."""
+
+
+class Run(NamedTuple):
+    """A finished run.
+
+    Attributes:
+        setting: What was set, without seeds, as names and values.
+        seeds: The values of the settings that are repeated.
+        summary: All that it wrote down.
+    """
+
+    setting: tuple[tuple[str, str], ...]
+    seeds: tuple[Any, ...]
+    summary: Mapping[str, Any]
+
+    def percent(self, split: str) -> float:
+        """Its accuracy."""
+        return 100 * self.summary[split]["accuracy"]
+
+
+def read(directory: Path) -> Run:
+    """Reads what a run wrote down.
+
+    Raises:
+        FileNotFoundError: If it has not finished.
+    """
+    file = directory / "summary.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{directory} has no summary.json: it is no run, or not finished.")
+    summary = json.loads(file.read_text())
+    config = summary["config"]
+    kept = {
+        name: str(value)
+        for name, value in config.items()
+        if name not in REPEATED and not name.startswith(IGNORED)
+    }
+    return Run(tuple(sorted(kept.items())), tuple(config[name] for name in REPEATED), summary)
+
+
+def rows(runs: Sequence[Run], baseline: Run | None) -> list[list[str]]:
+    """A head, then a row for each setting, in the order in which they were given.
+
+    Raises:
+        ValueError: If a run is there twice, or the baseline lacks a seed.
+    """
+    groups: dict[tuple[tuple[str, str], ...], dict[tuple[Any, ...], Run]] = {}
+    for run in runs:
+        group = groups.setdefault(run.setting, {})
+        if run.seeds in group:
+            raise ValueError(f"Two runs are the same, that of {REPEATED} = {run.seeds} too.")
+        group[run.seeds] = run
+    differing = [
+        name
+        for name in dict.fromkeys(name for setting in groups for name, _ in setting)
+        if len({dict(setting).get(name) for setting in groups}) > 1
+    ]
+    head = [*(name.split(".")[1] for name in differing), "runs", "validation", "test"]
+    table = [head if baseline is None else [*head, "− baseline"]]
+    for setting, group in groups.items():
+        row = [dict(setting).get(name, "").replace("None", "") for name in differing]
+        row.append(str(len(group)))
+        row += [spread([run.percent(split) for run in group.values()]) for split in head[-2:]]
+        if baseline is not None:
+            of_baseline = groups[baseline.setting]
+            if missing := [seeds for seeds in group if seeds not in of_baseline]:
+                raise ValueError(f"The baseline lacks {REPEATED} = {missing[0]}.")
+            differences = [
+                run.percent("test") - of_baseline[seeds].percent("test")
+                for seeds, run in group.items()
+            ]
+            row.append("" if group is of_baseline else spread(differences, sign="+"))
+        table.append(row)
+    return table
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean and standard deviation; of a single value itself."""
+    mean = f"{np.mean(values):{sign}.1f}".replace("-", "−")
+    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.1f}"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compares the runs of the command line; returns the exit code."""
+    try:
+        config = tyro.cli(Config, prog=PROGRAM, args=arguments)
+        runs = [read(directory) for directory in config.runs]
+        baseline = None if config.baseline is None else read(config.baseline)
+        table = rows(runs, baseline)
+    except (ValueError, KeyError, OSError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
+    if config.markdown:
+        print(as_markdown_table(table))
+    else:
+        Console(highlight=False, markup=False).print(as_rich(table, numbers=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,264 @@
+"""What came out of a run: a table, a few sentences, and the files."""
+
+import dataclasses
+import io
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from examples.common.files import write
+from examples.finetune.checkpoint import as_dict
+from examples.finetune.config import Config
+from examples.finetune.figure import draw, draw_confusion, in_network_order
+from examples.finetune.logs import Record, plain
+from examples.finetune.metrics import Counts, Metrics, recalls, summarise
+
+PACKAGES = ("dtnh_jax", "jax", "optax", "flax", "orbax-checkpoint", "grain", "numpy")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run has to tell."""
+
+    config: Config
+    """What was set."""
+    architecture: str
+    """The network."""
+    seconds: float
+    """Time of the training; after a resume, since then."""
+    images_per_second: float
+    """Training images a second, over all devices."""
+    waiting: float
+    """Share of the time that the devices waited for data."""
+    best_step: int
+    """The step whose weights were chosen on validation images."""
+    validation: Metrics
+    """How good they are on these."""
+    test: Counts
+    """And on test images."""
+    class_names: Sequence[str]
+    """Names of the classes."""
+    records: Sequence[Record]
+    """The logs, see :func:`logs.read`."""
+    layer_order: Sequence[str]
+    """Names of the layers from image to logits."""
+
+
+def report(outcome: Outcome, out: Path, console: Console | None = None) -> None:
+    """Prints the table and what it shows; writes them, the numbers and the figures to ``out``."""
+    console = console or Console(highlight=False, markup=False)
+    settings, scores, sentences = setting_rows(outcome), score_rows(outcome), summary(outcome)
+    console.print(as_rich(settings))
+    console.print()
+    console.print(as_rich(scores, numbers=True))
+    console.print()
+    for sentence in sentences:
+        console.print(sentence)
+
+    chosen = [value for name, value in settings if name in ("regularizer", "rule")]
+    title = ", ".join([settings[0][1], outcome.architecture, *chosen])
+    curves = draw(outcome.records, outcome.layer_order, title=title, best_step=outcome.best_step)
+    accuracy = 100 * summarise(outcome.test).accuracy
+    confusion = draw_confusion(
+        np.asarray(outcome.test.confusion),
+        outcome.class_names,
+        title=f"test images, {accuracy:.1f} % right",
+    )
+    files = {
+        "summary.md": as_markdown(settings, scores, sentences).encode(),
+        "summary.json": json.dumps(as_json(outcome), indent=1, allow_nan=False).encode(),
+        "curves.png": as_png(curves),
+        "confusion.png": as_png(confusion),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write(out / name, content)
+    console.print(f"Written to {out}: {', '.join(files)}.")
+
+
+def setting_rows(outcome: Outcome) -> list[list[str]]:
+    """What was run, in pairs of a name and a value."""
+    config, transfer = outcome.config, outcome.config.transfer
+    name = Path(config.data.dataset).name
+    source = config.model.init or "random weights"
+    if Path(source).exists():
+        source = Path(source).name
+    rows = [
+        ["data set", f"{name}, {len(outcome.class_names)} classes"],
+        ["network", f"{outcome.architecture} from {source}"],
+    ]
+    if transfer.regularizer == "none":
+        rows.append(["regularizer", "none"])
+    else:
+        rows.append(["regularizer", f"{transfer.regularizer}, λ = {transfer.weight:g}"])
+        rows.append(["rule", f"{transfer.rule}, scope {transfer.scope}"])
+    time = timedelta(seconds=round(outcome.seconds))
+    return [
+        *rows,
+        ["chosen", f"step {outcome.best_step} of {config.training.steps}, on validation images"],
+        ["time", f"{time} at {outcome.images_per_second:.0f} images/s"],
+        ["waiting", f"{percent(outcome.waiting)} of the time, for data"],
+    ]
+
+
+def score_rows(outcome: Outcome) -> list[list[str]]:
+    """How good the chosen weights are: a head, then a row for each metric."""
+    columns = (outcome.validation, summarise(outcome.test))
+    rows = [["", "validation", "test"], ["images", *(str(each.n) for each in columns)]]
+    shares = {"accuracy": "accuracy", "top5": "top-5", "balanced_accuracy": "balanced accuracy"}
+    if len(outcome.class_names) <= 5:
+        del shares["top5"]  # all of them
+    rows += [
+        [label, *(percent(getattr(each, name)) for each in columns)]
+        for name, label in shares.items()
+    ]
+    return [*rows, ["loss", *(f"{each.loss:.3f}" for each in columns)]]
+
+
+def summary(outcome: Outcome) -> list[str]:
+    """What the numbers show, in sentences."""
+    test = summarise(outcome.test)
+    low, high = interval(test.accuracy, test.n)
+    most_frequent = int(np.max(outcome.test.images)) / test.n
+    sentences = [
+        f"Test accuracy is {percent(test.accuracy)} of {test.n} images, {100 * low:.1f} to "
+        f"{percent(high)} with 95 % confidence over the draw of the images. To say the most "
+        f"frequent class of all of them would get {percent(most_frequent)}."
+    ]
+    of_class = recalls(outcome.test).tolist()
+    worst = [index for index in np.argsort(of_class, kind="stable") if of_class[index] < 1][:3]
+    if worst:
+        named = (f"{outcome.class_names[index]} {percent(of_class[index])}" for index in worst)
+        sentences.append(f"The hardest classes: {', '.join(named)}.")
+    sentences += conflict_sentences(outcome)
+    if outcome.best_step == outcome.config.training.steps:
+        sentences.append("The last step was the best: more steps may give more.")
+    if outcome.waiting > 0.1:
+        sentences.append(
+            f"The devices waited for data for {percent(outcome.waiting)} of the time: more "
+            "workers, or images stored at a smaller size, would make the run faster."
+        )
+    return sentences
+
+
+def conflict_sentences(outcome: Outcome) -> list[str]:
+    """How often the two gradients were in conflict, and where; nothing without a regularizer."""
+    rates = conflict_rates(outcome)
+    if rates["conflict"] is None:
+        return []
+    sentence = (
+        f"The gradients of loss and regularizer were in conflict in {percent(rates['conflict'])} "
+        "of steps and groups"
+    )
+    by_group = rates["conflict_of_group"]
+    if len(by_group) > 1:
+        most, least = (choose(by_group, key=by_group.__getitem__) for choose in (max, min))
+        sentence += (
+            f", most often in {most} ({percent(by_group[most])}), most rarely in {least} "
+            f"({percent(by_group[least])})"
+        )
+    return [
+        f"{sentence}. The rule took away {percent(rates['removed'])} of the regularizer's "
+        "gradient, mean over the steps."
+    ]
+
+
+def conflict_rates(outcome: Outcome) -> dict[str, Any]:
+    """Means over training: shares of conflict and of what was removed, ``None`` if unmeasured."""
+    train = [record for record in outcome.records if record.split == "train"]
+    rates: dict[str, Any] = {}
+    for name in ("conflict", "removed"):
+        values = [getattr(record, name) for record in train]
+        finite = [value for value in values if value is not None and np.isfinite(value)]
+        rates[name] = float(np.mean(finite)) if finite else None
+    of_group: dict[str, list[float]] = {}
+    for record in train:
+        for group, measured in (record.groups or {}).items():
+            of_group.setdefault(group, []).append(measured["conflict"])
+    rates["conflict_of_group"] = {
+        group: float(np.nanmean(of_group[group]))
+        for group in in_network_order(of_group, outcome.layer_order)
+    }
+    return rates
+
+
+def interval(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % confidence interval of a share of ``n`` independent draws."""
+    z = 1.96
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return float(max(centre - half, 0)), float(min(centre + half, 1))
+
+
+def percent(share: float) -> str:
+    """A share, for a person."""
+    return f"{100 * share:.1f} %"
+
+
+def as_rich(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> Table:
+    """Rows for a terminal; if they are numbers, the first is their head."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=numbers)
+    head, body = (rows[0], rows[1:]) if numbers else ([""] * len(rows[0]), rows)
+    for index, name in enumerate(head):
+        table.add_column(name, justify="right" if numbers and index else "left")
+    for row in body:
+        table.add_row(*row)
+    return table
+
+
+def as_markdown(
+    settings: Sequence[Sequence[str]], scores: Sequence[Sequence[str]], sentences: Sequence[str]
+) -> str:
+    """The tables and the sentences, to be pasted into a page."""
+    tables = [as_markdown_table(rows) for rows in ([["", ""], *settings], scores)]
+    return "\n\n".join([*tables, "\n".join(sentences)]) + "\n"
+
+
+def as_markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is its head."""
+    head, *body = rows
+    cells = (
+        [cell.replace("|", r"\|") for cell in row] for row in (head, ["---"] * len(head), *body)
+    )
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+def as_json(outcome: Outcome) -> dict[str, Any]:
+    """Config, versions, device and numbers; what is not finite is ``None``."""
+    devices = jax.devices()
+    of_class = dict(zip(outcome.class_names, recalls(outcome.test).tolist(), strict=True))
+    numbers = {
+        "seconds": outcome.seconds,
+        "images_per_second": outcome.images_per_second,
+        "waiting": outcome.waiting,
+        "best_step": outcome.best_step,
+        "validation": dataclasses.asdict(outcome.validation),
+        "test": dataclasses.asdict(summarise(outcome.test)) | {"accuracy_of_class": of_class},
+        **conflict_rates(outcome),
+    }
+    return {
+        "config": as_dict(outcome.config),
+        "architecture": outcome.architecture,
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in PACKAGES},
+        "devices": f"{len(devices)} × {devices[0].device_kind}",
+        **plain(numbers, finite=True),
+    }
+
+
+def as_png(figure: Figure) -> bytes:
+    """A figure as the bytes of a file."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120, bbox_inches="tight")
+    return picture.getvalue()

@@ -1,0 +1,324 @@
+# ruff: noqa: E402 (the modules under test want the packages that are asked for first)
+"""The fine-tuning example, whole runs: what comes out, and what survives a kill."""
+
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+for _package in ("flax", "grain", "matplotlib", "orbax.checkpoint", "rich", "safetensors", "tyro"):
+    pytest.importorskip(_package)
+
+import tiny_finetune
+from helpers import relative_error
+from sklearn.metrics import confusion_matrix
+
+from examples.common import data, pretrained, resnet
+from examples.finetune import metrics, train
+from examples.finetune.__main__ import main, parse
+from examples.finetune.checkpoint import CheckpointError, Checkpoints, Progress
+from examples.finetune.logs import read
+from examples.finetune.report import report
+from examples.finetune.step import make_program
+from examples.finetune.task import IMAGENET, make_task
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # Optax's own code promotes
+
+
+CACHE = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_min_entry_size_bytes",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """All runs here are one program, and compiling takes nearly all of their time."""
+    cache = tmp_path_factory.mktemp("cache")
+    before = {name: getattr(jax.config, name) for name in CACHE}
+    for name, value in zip(CACHE, (str(cache), 0.0, 0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tiny_finetune.make(tmp_path_factory.mktemp("tiny"))
+
+
+def run(directory, out, *more):
+    """A run in this process."""
+    return train.run(parse(tiny_finetune.arguments(directory, out, *more)))
+
+
+@pytest.fixture(scope="module")
+def finished(directory, tmp_path_factory):
+    """The directory of a run that nothing went wrong in, and what it returned."""
+    out = tmp_path_factory.mktemp("finished") / "new" / "out"
+    outcome = run(directory, out)
+    report(outcome, out)
+    return out, outcome
+
+
+def last_checkpoint(directory, out, *more):
+    """How far a run has come, and all arrays of its state."""
+    config = parse(tiny_finetune.arguments(directory, out, *more))
+    program = make_program(make_task(config, data.load(config.data)))
+    with Checkpoints(out / "checkpoints", config) as checkpoints:
+        progress, state = checkpoints.restore_last(program.like)
+    return progress, jax.device_get(state)
+
+
+def assert_same(these, those):
+    """Bit for bit, but for the clock."""
+    assert these[0]._replace(seconds=0) == those[0]._replace(seconds=0)
+    assert jax.tree.structure(these[1]) == jax.tree.structure(those[1])
+    for this, that in zip(jax.tree.leaves(these[1]), jax.tree.leaves(those[1]), strict=True):
+        np.testing.assert_array_equal(this, that)
+
+
+def in_process(directory, out, *more, where="nowhere", n_devices=8):
+    """A run in a process of its own."""
+    command = [sys.executable, tiny_finetune.__file__, where, str(out)]
+    flags = f"--xla_force_host_platform_device_count={n_devices}"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment |= {name.upper(): str(getattr(jax.config, name)) for name in CACHE}
+    return subprocess.Popen(
+        command + tiny_finetune.arguments(directory, out, *more),
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def test_a_run_writes_its_files_and_they_agree(finished):
+    out, outcome = finished
+    assert {path.name for path in out.iterdir()} == {
+        "checkpoints",
+        "confusion.png",
+        "curves.png",
+        "metrics.csv",
+        "metrics.jsonl",
+        "model.safetensors",
+        "summary.json",
+        "summary.md",
+        "tensorboard",
+    }
+    validation = {record.step: record for record in read(out) if record.split == "validation"}
+    assert list(validation) == [2, 4, 6]
+    best = max(validation.values(), key=lambda record: (record.accuracy, -record.step))
+    assert outcome.best_step == best.step
+    assert outcome.validation.accuracy == pytest.approx(best.accuracy, rel=1e-5)
+    assert outcome.validation.loss == pytest.approx(best.loss, rel=1e-5)
+    training = [record for record in read(out) if record.split == "train"]
+    assert [record.step for record in training] == [1, 2, 3, 4, 5, 6]
+    for record in training:
+        assert "head" not in record.groups, "no regularizer reaches the new head"
+        assert set(record.groups) < set(outcome.layer_order)
+    assert training[0].cosine == 0, "L2-SP has no gradient where training begins"
+    assert training[-1].cosine != 0
+    assert json.loads((out / "summary.json").read_text())
+
+
+def test_the_weights_that_are_written_are_those_that_were_tested(finished):
+    out, outcome = finished
+    written = pretrained.load(str(out / "model.safetensors"))
+    assert json.loads(written.metadata["class_names"]) == list(tiny_finetune.COLOURS)
+    config = outcome.config
+    [batch] = data.evaluation_batches(data.load(config.data).test, config.data, batch_size=12)
+    images = (batch.images / 255 - np.array(IMAGENET["mean"])) / np.array(IMAGENET["std"])
+    logits = resnet.apply(
+        written.config, written.network, images.astype(np.float32), train=False
+    ).logits
+    predicted = np.argmax(logits, axis=-1)
+    np.testing.assert_array_equal(
+        confusion_matrix(batch.labels, predicted, labels=range(3)), outcome.test.confusion
+    )
+
+
+def test_the_task_is_learnt_without_a_regularizer_too(directory, tmp_path):
+    schedule = ("--steps", "40", "--learning-rate", "0.1", "--evaluate-every", "20")
+    outcome = run(directory, tmp_path, *schedule, "--regularizer", "none")
+    assert metrics.summarise(outcome.test).accuracy >= 0.75
+    assert outcome.records[-2].loss < 0.7 < outcome.records[0].loss
+    assert all(record.groups is record.cosine is None for record in outcome.records)
+
+
+@pytest.mark.parametrize("where", ["step", "checkpoint"])
+def test_a_killed_run_goes_on_bit_for_bit(directory, finished, tmp_path, where):
+    killed = in_process(directory, tmp_path, where=where)
+    output, _ = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, output
+    before = {record.step for record in read(tmp_path)}
+    assert 2 in before
+    outcome = run(directory, tmp_path, "--resume")
+    out, uninterrupted = finished
+    assert_same(last_checkpoint(directory, tmp_path), last_checkpoint(directory, out))
+    assert outcome.best_step == uninterrupted.best_step
+    np.testing.assert_array_equal(outcome.test.confusion, uninterrupted.test.confusion)
+    ours, theirs = (pretrained.load(str(each / "model.safetensors")) for each in (tmp_path, out))
+    assert ours.metadata == theirs.metadata
+    jax.tree.map(np.testing.assert_array_equal, ours.network, theirs.network)
+    timeless = {"images_per_second": None, "waiting": None}
+    assert [dataclasses.replace(record, **timeless) for record in read(tmp_path)] == [
+        dataclasses.replace(record, **timeless) for record in read(out)
+    ]
+
+
+def test_a_run_that_is_told_to_stop_saves_and_goes_on(directory, finished, tmp_path, monkeypatch):
+    make_program = train.make_program
+
+    def with_signal(task):
+        program, calls = make_program(task), iter([False, False, True, False, False, False])
+
+        def train_step(*arguments):
+            if next(calls):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return program.train(*arguments)
+
+        return program._replace(train=train_step)
+
+    monkeypatch.setattr(train, "make_program", with_signal)
+    assert main(tiny_finetune.arguments(directory, tmp_path)) == 143
+    monkeypatch.undo()
+    assert last_checkpoint(directory, tmp_path)[0].step == 3
+    run(directory, tmp_path, "--resume")
+    assert_same(last_checkpoint(directory, tmp_path), last_checkpoint(directory, finished[0]))
+
+
+def test_two_processes_that_share_weights_are_one(directory, tmp_path):
+    ten_steps = ("--steps", "10", "--evaluate-every", "5")
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        address = f"localhost:{server.getsockname()[1]}"
+    processes = [
+        in_process(
+            directory,
+            tmp_path / "two",
+            *(*ten_steps, "--mesh", "2x2", "--coordinator", address),
+            *("--processes", "2", "--process", str(i)),
+            n_devices=2,
+        )
+        for i in range(2)
+    ]
+    try:
+        run(directory, tmp_path / "one", *ten_steps)
+        for process in processes:
+            output, _ = process.communicate(timeout=120)
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            process.kill()
+    one, two = (last_checkpoint(directory, tmp_path / name, *ten_steps) for name in ("one", "two"))
+    assert one[0].step == two[0].step == 10
+    assert relative_error(two[1].network, one[1].network) <= 1e-5
+    assert [record.loss for record in read(tmp_path / "two")] == pytest.approx(
+        [record.loss for record in read(tmp_path / "one")], rel=1e-4
+    )
+    exported = [
+        pretrained.load(str(tmp_path / name / "model.safetensors")) for name in ("one", "two")
+    ]
+    assert relative_error(*(each.network for each in exported)) <= 1e-5
+
+
+def copied(finished, tmp_path):
+    """A copy of the finished run, to be broken."""
+    out = tmp_path / "copy"
+    shutil.copytree(finished[0], out)
+    return out
+
+
+def damage(out, step):
+    """Overwrites what a checkpoint has of the arrays."""
+    files = [
+        path for path in (out / "checkpoints" / str(step) / "state").rglob("*") if path.is_file()
+    ]
+    assert files
+    for path in files:
+        path.write_bytes(b"\\0" * path.stat().st_size)
+
+
+def test_a_broken_checkpoint_is_passed_over(directory, finished, tmp_path):
+    out = copied(finished, tmp_path)
+    steps = sorted(int(path.name) for path in (out / "checkpoints").iterdir())
+    assert steps == [2, 6], "the best one and the last one"
+    damage(out, 6)
+    with pytest.warns(UserWarning, match="checkpoint of step 6 .* an earlier one is taken"):
+        run(directory, out, "--resume")
+    assert_same(last_checkpoint(directory, out), last_checkpoint(directory, finished[0]))
+
+
+def test_no_whole_checkpoint_is_an_error(directory, finished, tmp_path, capsys):
+    out = copied(finished, tmp_path)
+    damage(out, 2)
+    damage(out, 6)
+    with pytest.warns(UserWarning, match=r"cannot be read"):
+        assert main(tiny_finetune.arguments(directory, out, "--resume")) == 1
+    assert "No checkpoint in" in capsys.readouterr().err
+
+
+def test_other_settings_are_refused(directory, finished, tmp_path):
+    out = copied(finished, tmp_path)
+    changed = ("--resume", "--rule", "pcgrad", "--learning-rate", "0.5")
+    with pytest.raises(CheckpointError) as error:
+        run(directory, out, *changed)
+    assert "training.learning_rate: 0.01 then, 0.5 now" in str(error.value)
+    assert "transfer.rule: 'dtnh' then, 'pcgrad' now" in str(error.value)
+    assert "workers" not in str(error.value)
+
+
+def test_an_earlier_run_is_not_overwritten(directory, finished, tmp_path):
+    with pytest.raises(CheckpointError, match=r"earlier run\. Go on with it by --resume"):
+        run(directory, copied(finished, tmp_path))
+
+
+def test_a_finished_run_goes_on_to_the_same_end(directory, finished, tmp_path):
+    again = run(
+        directory, copied(finished, tmp_path), "--resume", "--mesh", "4x2", "--workers", "0"
+    )
+    assert again.best_step == finished[1].best_step
+    np.testing.assert_array_equal(again.test.confusion, finished[1].test.confusion)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(directory, tmp_path):
+    more = ("--schedule", "step", "--decay-at", "0.5", "--decay-factor", "1e30")
+    with pytest.raises(
+        train.DivergedError, match=r"loss of step 5 is not finite\. The checkpoint of "
+    ):
+        run(directory, tmp_path, *more)
+    progress, state = last_checkpoint(directory, tmp_path, *more)
+    assert progress.step < 5
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+
+
+def test_a_full_disk_is_an_error_that_keeps_the_last_checkpoint(directory, finished, tmp_path):
+    out = copied(finished, tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    config = parse(tiny_finetune.arguments(directory, out))
+    program = make_program(make_task(config, data.load(config.data)))
+    with Checkpoints(out / "checkpoints", config) as checkpoints:
+        progress = Progress(7, {}, (2, 0.5), 1.0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**10, limits[1]))
+        try:
+            with pytest.raises(CheckpointError, match=r"step 7 .*the last good one is of step 6"):
+                checkpoints.save(progress, program.init())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with Checkpoints(out / "checkpoints", config) as checkpoints:
+        assert checkpoints.steps == [2, 6]

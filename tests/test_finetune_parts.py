@@ -1,0 +1,347 @@
+# ruff: noqa: E402 (the modules under test want the packages that are asked for first)
+"""The fine-tuning example, its parts: every regularizer with every rule, and what steps do."""
+
+import dataclasses
+import functools
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+for _package in ("flax", "grain", "matplotlib", "orbax.checkpoint", "rich", "safetensors", "tyro"):
+    pytest.importorskip(_package)
+
+import tiny_finetune
+from helpers import relative_error
+
+import dtnh_jax
+from examples.common import data
+from examples.finetune import devices, objective, optimizer
+from examples.finetune.__main__ import main, parse
+from examples.finetune.config import (
+    REG_WEIGHTS,
+    Config,
+    DeviceConfig,
+    OutputConfig,
+    RegularizerName,
+    RuleName,
+    TrainingConfig,
+    TransferConfig,
+    preset,
+)
+from examples.finetune.step import gradients, make_program, regularized
+from examples.finetune.task import make_task
+from examples.finetune.train import training_batches
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")  # Optax's own code promotes
+
+REGULARIZERS, RULES = get_args(RegularizerName), get_args(RuleName)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_fast():
+    """Hundreds of programs that run once each."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tiny_finetune.make(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tasks(directory):
+    """A task by its options, made once; and its first batch."""
+
+    @functools.cache
+    def make(*options):
+        config = parse(tiny_finetune.arguments(directory, directory / "out", *options))
+        dataset = data.load(config.data)
+        task = make_task(config, dataset)
+        with training_batches(task, dataset.train) as batches:
+            return task, next(batches)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def pairs(tasks):
+    """Loss, regularizer and both gradients of a first batch, some way from where it started."""
+
+    @functools.cache
+    def of(regularizer):
+        task, batch = tasks("--regularizer", regularizer, "--estimation-images", "12")
+        away = jax.tree.map(lambda x: 1.1 * x, task.first.params)
+        network, source, batch = jax.device_put(
+            (task.first._replace(params=away), task.source, batch), jax.devices()[0]
+        )
+        ((loss, reg), _), pair = jax.jit(functools.partial(gradients, task))(
+            network, source, batch, jax.random.key(0)
+        )
+        return task, away, loss, reg, pair, regularized(task)
+
+    return of
+
+
+def test_the_matrix_is_that_of_the_library():
+    public = set(dtnh_jax.regularizers.__all__)
+    helpers = {name for name in public if name.endswith(("_gradient", "_relationship", "_weights"))}
+    helpers |= {"Match", "MatchReport", "fisher_diagonal", "match_pretrained"}
+    assert set(REGULARIZERS) == (public - helpers) | {"none", "delta_attention"}
+    assert set(objective.REGULARIZERS) == set(REGULARIZERS) == set(REG_WEIGHTS)
+    assert set(RULES) <= set(dtnh_jax.__all__)
+
+
+@pytest.mark.parametrize("regularizer", REGULARIZERS)
+def test_regularizers_reach_the_network(pairs, regularizer):
+    _, _, loss, reg, pair, reached = pairs(regularizer)
+    assert np.isfinite(loss)
+    assert np.isfinite(reg)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(pair))
+    if regularizer == "none":
+        assert not any(jax.tree.leaves(reached))
+        return
+    assert reg > 0
+    assert optax.tree.norm(pair.reg_grads) > 0
+    # Those that look at what comes out train the new head as well.
+    with_head = ("l2", "adversarial", "virtual_adversarial")
+    assert set(jax.tree.leaves(reached["head"])) == {regularizer in with_head}
+    assert reached["conv1"]["kernel"], "the first layer is as far from the output as can be"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_takes_every_regularizer(pairs, rule):
+    @functools.cache
+    def compiled(where, leaves):
+        """The optimizer of one rule, for all regularizers that reach the same parameters."""
+        task, *_ = pairs("l2_sp")
+        transfer = dataclasses.replace(task.config.transfer, rule=rule, reg_weight=0.1)
+        mask = jax.tree.unflatten(where, leaves)
+        tx = optimizer.make_optimizer(transfer, task.config.training, mask=mask)
+        return tx, jax.jit(tx.update)
+
+    for regularizer in REGULARIZERS:
+        _, params, _, _, pair, reached = pairs(regularizer)
+        leaves, where = jax.tree.flatten(reached)
+        tx, update = compiled(where, tuple(leaves))
+        updates, state = update(pair, tx.init(params), params)
+        assert jax.tree.structure(updates) == jax.tree.structure(params)
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(updates))
+        assert optax.tree.norm(updates) > 0
+        groups = dtnh_jax.conflict_stats(state).groups
+        assert bool(groups) == (regularizer != "none")
+
+
+def one_step(tasks, *options):
+    """The weights after one step of the optimizer, and the state."""
+    task, batch = tasks(*options)
+    program = make_program(task)
+    state, micro = program.init(), task.config.training.accumulate
+    for _ in range(micro):
+        state, _ = program.train(state, task.source, batch)
+    return task, jax.device_get(state)
+
+
+def test_frozen_parameters_stay(tasks):
+    task, state = one_step(
+        tasks, "--freeze", "conv1", "layer1/*", "*/bias", "--weight-decay", "0.1"
+    )
+    first, last = task.first.params, state.network.params
+    for (keys, before), after in zip(
+        jax.tree.leaves_with_path(first), jax.tree.leaves(last), strict=True
+    ):
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        stays = path.startswith(("conv1/", "layer1/")) or path.endswith("/bias")
+        assert np.array_equal(before, after) == stays, path
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [(("layer9",), "'layer9' is no parameter"), (("*",), "leaves no parameter to train")],
+)
+def test_wrong_freezing_is_an_error(tasks, patterns, message):
+    task, _ = tasks()
+    with pytest.raises(ValueError, match=message):
+        optimizer.trained(task.first.params, patterns)
+
+
+def test_frozen_batch_norm_keeps_its_averages(tasks):
+    for option, same in (("--frozen-batch-norm", True), ("--no-frozen-batch-norm", False)):
+        task, state = one_step(tasks, option)
+        pairs = zip(
+            jax.tree.leaves(task.first.batch_stats),
+            jax.tree.leaves(state.network.batch_stats),
+            strict=True,
+        )
+        assert all(np.array_equal(*pair) == same for pair in pairs)
+
+
+@pytest.mark.parametrize("rule", ["dtnh", "decoupled"])
+def test_micro_batches_are_one_step(tasks, rule):
+    # Without batch norm's statistics, two micro-batches of the same images are those images.
+    common = ("--rule", rule, "--frozen-batch-norm", "--freeze", "conv1")
+    _, one = one_step(tasks, *common)
+    task, two = one_step(tasks, *common, "--accumulate", "2", "--batch-size", "16")
+    assert int(two.seen) == 2
+    assert int(optax.tree.get(two.opt_state, "mini_step")) == 0
+    first = task.first.params
+    moved = [jax.tree.map(np.subtract, state.network.params, first) for state in (one, two)]
+    assert optax.tree.norm(moved[0]) > 0
+    assert relative_error(*moved) <= 1e-5
+
+
+def test_the_average_follows_the_weights(tasks):
+    task, state = one_step(tasks, "--average-decay", "0.9")
+    decay = 2 / 11
+    wanted = jax.tree.map(
+        lambda old, new: decay * old + (1 - decay) * new, task.first, state.network
+    )
+    assert relative_error(state.average, wanted) <= 1e-6
+    assert state.evaluated is state.average
+
+
+def test_the_head_has_a_learning_rate_of_its_own(tasks):
+    moved = []
+    for options in ((), ("--head-learning-rate", "10")):
+        task, state = one_step(tasks, *options)
+        moved.append(jax.tree.map(np.subtract, state.network.params, task.first.params))
+    slow, fast = moved
+    assert relative_error(fast.pop("head"), jax.tree.map(lambda x: 10 * x, slow.pop("head"))) < 1e-4
+    assert relative_error(fast, slow) < 1e-4
+
+
+def test_clipping_comes_after_the_rule():
+    """It shortens the direction as a whole, so that loss and regularizer keep their shares."""
+    transfer = TransferConfig(rule="weighted_sum", reg_weight=1.0)
+    training = TrainingConfig(clip_norm=1.0, learning_rate=1.0, momentum=0.0, schedule="constant")
+    tx = optimizer.make_optimizer(transfer, training)
+    params = {"w": jnp.zeros(2)}
+    pair = dtnh_jax.GradientPair({"w": jnp.array([3.0, 0.0])}, {"w": jnp.array([0.0, 4.0])})
+    updates, _ = tx.update(pair, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], [-0.6, -0.8], rtol=1e-6)
+
+
+def test_learning_rates():
+    rates = {
+        schedule: optimizer.learning_rate(
+            TrainingConfig(
+                steps=100,
+                warmup_steps=10,
+                learning_rate=2.0,
+                schedule=schedule,
+                decay_at=(0.5, 0.75),
+            )
+        )
+        for schedule in ("cosine", "step", "constant")
+    }
+    for rate in rates.values():
+        assert [float(rate(step)) for step in (0, 5, 10)] == pytest.approx([0, 1, 2])
+    assert float(rates["cosine"](55)) == pytest.approx(1)
+    assert float(rates["cosine"](100)) == pytest.approx(0)
+    assert [float(rates["step"](step)) for step in (49, 51, 74, 76)] == pytest.approx(
+        [2, 0.2, 0.2, 0.02]
+    )
+    assert float(rates["constant"](99)) == 2
+
+
+def test_weight_decay_is_that_of_kernels():
+    training = TrainingConfig(weight_decay=0.5, learning_rate=1.0, momentum=0.0, steps=1)
+    for name, expected in (("sgd", -0.5), ("adamw", -0.5)):
+        tx = optimizer.make_optimizer(
+            TransferConfig(rule="weighted_sum"), dataclasses.replace(training, optimizer=name)
+        )
+        params = {"kernel": jnp.ones((1, 1)), "bias": jnp.ones(1)}
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, _ = tx.update(dtnh_jax.GradientPair(zeros, zeros), tx.init(params), params)
+        assert float(updates["kernel"][0, 0]) == pytest.approx(expected)
+        assert float(updates["bias"][0]) == 0
+
+
+def test_teacher_of_unfinished_training_is_the_source(tasks):
+    """At the start nothing was moved, so feature maps in inference mode agree."""
+    task, batch = tasks("--regularizer", "feature_distillation", "--frozen-batch-norm")
+    (values, _), pair = jax.jit(functools.partial(gradients, task))(
+        task.first, task.source, batch, jax.random.key(0)
+    )
+    assert float(values[1]) == 0
+    assert optax.tree.norm(pair.reg_grads) == 0
+
+
+def test_meshes():
+    config = DeviceConfig
+    assert dict(devices.make_mesh(config(), 8).shape) == {"data": 8, "fsdp": 1}
+    assert dict(devices.make_mesh(config(mesh="fsdp"), 8).shape) == {"data": 1, "fsdp": 8}
+    mesh = devices.make_mesh(config(mesh="4x2"), 8)
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 2}
+    shapes = {"large": jnp.zeros((3, 64, 128)), "small": jnp.zeros(8), "odd": jnp.zeros((4099, 3))}
+    specs = jax.tree.map(lambda each: each.spec, devices.state_sharding(shapes, mesh))
+    assert specs == {"large": P(None, None, "fsdp"), "small": P(), "odd": P()}
+    with pytest.raises(ValueError, match="for 9 devices; there are 8"):
+        devices.make_mesh(config(mesh="3x3"), 9)
+    with pytest.raises(ValueError, match="8 devices cannot share 12 images"):
+        devices.make_mesh(config(), 12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive"),
+        ({"momentum": 1.0}, "momentum must be at least 0 and below 1"),
+        ({"batch_size": 10, "accumulate": 3}, "multiple of accumulate"),
+        ({"steps": 5, "warmup_steps": 5}, "warmup_steps must be"),
+        ({"decay_at": (1.0,)}, "decay_at"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive"),
+        ({"weight_decay": -1.0}, "weight_decay must not be negative"),
+        ({"reg_weight": -1.0}, "reg_weight must not be negative"),
+        ({"rule": "bloop", "action": "gate"}, "action: a choice of the rules dtnh and decoupled"),
+        ({"reference_decay": 1.0}, "reference_decay"),
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"mesh": "two"}, "mesh must be"),
+        ({"prefetch": 0}, "prefetch must be"),
+        ({"coordinator": "localhost:1"}, "all three"),
+        ({"keep_last": 0}, "keep_last"),
+    ],
+)
+def test_wrong_settings_are_errors(options, message):
+    parts = {
+        "training": TrainingConfig,
+        "transfer": TransferConfig,
+        "devices": DeviceConfig,
+        "output": OutputConfig,
+    }
+    chosen = {
+        part: {name: value for name, value in options.items() if hasattr(kind(), name)}
+        for part, kind in parts.items()
+    }
+    with pytest.raises(ValueError, match=message):
+        Config(
+            data.DataConfig(dataset="x"),
+            **{part: parts[part](**settings) for part, settings in chosen.items()},
+        )
+
+
+def test_presets():
+    assert preset("paper", "x").training.steps == 9000
+    config = parse(["--preset", "paper", "--dataset", "x", "--steps", "90"])
+    assert (config.training.steps, config.training.schedule) == (90, "step")
+    assert config.training.batch_size == 64
+
+
+def test_what_the_network_needs(directory, capsys):
+    images = ["--dataset", str(directory / "images"), "--out", str(directory / "none")]
+    assert main(images) == 1
+    assert "--init timm/resnet50.a1_in1k" in capsys.readouterr().err
+    assert main([*images, "--architecture", "cifar_resnet8"]) == 1
+    assert "l2_sp keeps the network near a pre-trained one" in capsys.readouterr().err
+    weights = ["--init", str(directory / "source.safetensors")]
+    assert main([*images, *weights, "--architecture", "resnet18"]) == 1
+    assert "leave architecture and width away" in capsys.readouterr().err
+    assert main([*images, *weights, "--regularizer", "delta", "--features", "layer7"]) == 1
+    assert "No feature maps: layer7. There are conv1" in capsys.readouterr().err

@@ -1,0 +1,112 @@
+"""A tiny fine-tuning: images of three colours, and a network that a few steps of training fit.
+
+As a script it is a run, which kills itself where it is told to: `tiny_finetune.py WHERE OUT ...`
+with `step`, `checkpoint` or `nowhere`, and then the command line of the run.
+"""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+from examples.common import pretrained, resnet
+from examples.common.resnet import ResNetConfig
+from examples.finetune import train
+from examples.finetune.__main__ import main
+
+COLOURS = {"blue": (40, 60, 200), "green": (40, 190, 60), "red": (200, 50, 40)}
+N_SOURCE_CLASSES = 5
+
+
+def make_images(directory: Path, per_class: int = 12, size: int = 10) -> Path:
+    """Writes train and test images of three colours, with noise."""
+    rng = np.random.default_rng(0)
+    for split, n_images in (("train", per_class), ("test", 4)):
+        for name, colour in COLOURS.items():
+            folder = directory / split / name
+            folder.mkdir(parents=True)
+            for number in range(n_images):
+                pixels = np.clip(rng.normal(colour, 60, (size, size, 3)), 0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return directory
+
+
+def make_weights(path: Path) -> Path:
+    """Writes a source network with random weights."""
+    config = ResNetConfig("cifar_resnet8", N_SOURCE_CLASSES, width=4)
+    pretrained.export(path, config, jax.device_get(resnet.init(config, 1)), metadata={})
+    return path
+
+
+def make(directory: Path) -> Path:
+    """Writes images and weights."""
+    make_images(directory / "images")
+    make_weights(directory / "source.safetensors")
+    return directory
+
+
+def arguments(directory: Path, out: Path, *more: str) -> list[str]:
+    """A command line for a run of six steps that is saved after every second."""
+    settings = {
+        "--preset": "cpu",
+        "--dataset": directory / "images",
+        "--init": directory / "source.safetensors",
+        "--image-size": 8,
+        "--validation": 2,
+        "--steps": 6,
+        "--batch-size": 8,
+        "--evaluate-every": 2,
+        "--evaluation-batch-size": 8,
+        "--log-every": 1,
+        "--workers": 2,
+        "--out": out,
+    }
+    return [str(word) for pair in settings.items() for word in pair] + list(more)
+
+
+def kill() -> None:
+    """Ends the process as a crash would, without a chance to tidy up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at_step(step: int) -> None:
+    """Kills the process when the step is asked for."""
+    make_program = train.make_program
+
+    def with_kill(task):
+        program, calls = make_program(task), iter(range(1, step + 1))
+
+        def train_step(*arguments):
+            if next(calls) == step:
+                kill()
+            return program.train(*arguments)
+
+        return program._replace(train=train_step)
+
+    train.make_program = with_kill
+
+
+def kill_in_checkpoint(step: int, directory: Path) -> None:
+    """Kills the process as soon as it begins to write the step's checkpoint."""
+
+    def watch() -> None:
+        while not any(directory.glob(f"{step}.orbax-checkpoint-tmp*")):
+            pass
+        kill()
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    where, out, command = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+    if where == "step":
+        kill_at_step(4)
+    elif where == "checkpoint":
+        kill_in_checkpoint(4, out / "checkpoints")
+        kill_at_step(6)
+    sys.exit(main(command))
