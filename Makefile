@@ -3,18 +3,23 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST := $(VENV)-oldest
+TFDS := $(VENV)-tfds
 
-.PHONY: demo test test-oldest lint types docs check clean
+.PHONY: demo test test-oldest test-tfds lint types docs check clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.digits
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # The lower bounds of the dependencies, without the packages of the examples.
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest dtnh_jax tests
+
+# Preparing data sets, the one thing that needs TensorFlow.
+test-tfds: $(TFDS)/.installed
+	$(TFDS)/bin/python -m pytest tests/test_builders.py tests/test_data.py
 
 check: lint types docs
 
@@ -29,7 +34,7 @@ docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(OLDEST) site results
+	rm -rf $(VENV) $(OLDEST) $(TFDS) site results
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -48,4 +53,10 @@ $(OLDEST)/.installed: pyproject.toml
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
 	$(OLDEST)/bin/python -m pip install --quiet jax==0.6.0 jaxlib==0.6.0 optax==0.2.5 pytest sybil
 	$(OLDEST)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+$(TFDS)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(TFDS)
+	$(TFDS)/bin/python -m pip install --quiet --upgrade pip
+	$(TFDS)/bin/python -m pip install --quiet --editable ".[tfds]" pytest sybil
 	touch $@
