@@ -202,39 +202,48 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(directory, finished, tmp_p
     assert_same(last_checkpoint(directory, tmp_path), last_checkpoint(directory, finished[0]))
 
 
-def test_two_processes_that_share_weights_are_one(directory, tmp_path):
-    ten_steps = ("--steps", "10", "--evaluate-every", "5")
+def two_processes(directory, out, *more, where=("nowhere", "nowhere")):
+    """A run in two processes of two devices each; returns their exit codes and what they said."""
     with socket.socket() as server:
         server.bind(("localhost", 0))
         address = f"localhost:{server.getsockname()[1]}"
+    together = ("--mesh", "2x2", "--coordinator", address, "--processes", "2", "--process")
     processes = [
-        in_process(
-            directory,
-            tmp_path / "two",
-            *(*ten_steps, "--mesh", "2x2", "--coordinator", address),
-            *("--processes", "2", "--process", str(i)),
-            n_devices=2,
-        )
+        in_process(directory, out, *more, *together, str(i), where=where[i], n_devices=2)
         for i in range(2)
     ]
     try:
-        run(directory, tmp_path / "one", *ten_steps)
-        for process in processes:
-            output, _ = process.communicate(timeout=120)
-            assert process.returncode == 0, output
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+        return [process.returncode for process in processes], "".join(outputs)
     finally:
         for process in processes:
             process.kill()
+
+
+def test_two_processes_that_share_weights_are_one(directory, tmp_path):
+    ten_steps = ("--steps", "10", "--evaluate-every", "5")
+    run(directory, tmp_path / "one", *ten_steps)
+    # One of them is told to stop; both do, and go on.
+    codes, output = two_processes(
+        directory, tmp_path / "two", *ten_steps, where=("nowhere", "term")
+    )
+    assert codes == [143, 143], output
+    codes, output = two_processes(directory, tmp_path / "two", *ten_steps, "--resume")
+    assert codes == [0, 0], output
+
     one, two = (last_checkpoint(directory, tmp_path / name, *ten_steps) for name in ("one", "two"))
     assert one[0].step == two[0].step == 10
     assert relative_error(two[1].network, one[1].network) <= 1e-5
-    assert [record.loss for record in read(tmp_path / "two")] == pytest.approx(
-        [record.loss for record in read(tmp_path / "one")], rel=1e-4
+    ours, theirs = (
+        [record.loss for record in read(tmp_path / name) if record.split == "train"]
+        for name in ("one", "two")
     )
+    assert theirs == pytest.approx(ours, rel=1e-4)
     exported = [
-        pretrained.load(str(tmp_path / name / "model.safetensors")) for name in ("one", "two")
+        pretrained.load(str(tmp_path / name / "model.safetensors")).network
+        for name in ("one", "two")
     ]
-    assert relative_error(*(each.network for each in exported)) <= 1e-5
+    assert relative_error(*exported) <= 1e-5
 
 
 def copied(finished, tmp_path):

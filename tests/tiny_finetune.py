@@ -1,9 +1,10 @@
 """A tiny fine-tuning: images of three colours, and a network that a few steps of training fit.
 
-As a script it is a run, which kills itself where it is told to: `tiny_finetune.py WHERE OUT ...`
-with `step`, `checkpoint` or `nowhere`, and then the command line of the run.
+As a script it is a run, which kills or stops itself: `tiny_finetune.py WHERE OUT ...`
+with `step`, `checkpoint`, `term` or `nowhere`, and then the command line of the run.
 """
 
+import itertools
 import os
 import signal
 import sys
@@ -69,21 +70,16 @@ def arguments(directory: Path, out: Path, *more: str) -> list[str]:
     return [str(word) for pair in settings.items() for word in pair] + list(more)
 
 
-def kill() -> None:
-    """Ends the process as a crash would, without a chance to tidy up."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def kill_at_step(step: int) -> None:
-    """Kills the process when the step is asked for."""
+def signal_at_step(number: signal.Signals, step: int) -> None:
+    """Sends the process a signal when the step is asked for."""
     make_program = train.make_program
 
     def with_kill(task):
-        program, calls = make_program(task), iter(range(1, step + 1))
+        program, calls = make_program(task), itertools.count(1)
 
         def train_step(*arguments):
             if next(calls) == step:
-                kill()
+                os.kill(os.getpid(), number)
             return program.train(*arguments)
 
         return program._replace(train=train_step)
@@ -97,7 +93,7 @@ def kill_in_checkpoint(step: int, directory: Path) -> None:
     def watch() -> None:
         while not any(directory.glob(f"{step}.orbax-checkpoint-tmp*")):
             pass
-        kill()
+        os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -105,8 +101,10 @@ def kill_in_checkpoint(step: int, directory: Path) -> None:
 if __name__ == "__main__":
     where, out, command = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     if where == "step":
-        kill_at_step(4)
+        signal_at_step(signal.SIGKILL, 4)
     elif where == "checkpoint":
         kill_in_checkpoint(4, out / "checkpoints")
-        kill_at_step(6)
+        signal_at_step(signal.SIGKILL, 6)
+    elif where == "term":
+        signal_at_step(signal.SIGTERM, 3)
     sys.exit(main(command))

@@ -1,0 +1,119 @@
+"""What can be set."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jax
+
+Section = Literal["combination", "step", "memory", "compile", "scaling", "torch"]
+SECTIONS: tuple[Section, ...] = ("combination", "step", "memory", "compile", "scaling", "torch")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the rules of dtnh_jax cost: time, memory, compilation, and messages between devices."""
+
+    out: Path = Path("results/benchmarks")
+    """Directory for the tables, as Markdown and JSON."""
+    only: tuple[Section, ...] = SECTIONS
+    """The tables to make."""
+    trees: tuple[str, ...] | None = None
+    """Trees of the combination: resnet18, resnet50, ..., vit_b, vit_l, 300M, small_N (N leaves). By
+    default resnet18, resnet50 and vit_b; on accelerators vit_l and 300M too."""
+    all_rules_on: tuple[str, ...] = ("resnet50",)
+    """Trees on which every rule is measured. On the others, those that differ in passes."""
+    architectures: tuple[str, ...] | None = None
+    """ResNets of the whole step. By default resnet18; on accelerators resnet50."""
+    image_size: int | None = None
+    """Height and width of its images. By default 64; on accelerators 224."""
+    batch_size: int | None = None
+    """How many images it sees. By default 8; on accelerators 128."""
+    width: int | None = None
+    """Channels of the ResNets' first stage. By default the usual ones."""
+    activations: Literal["float32", "bfloat16"] | None = None
+    """Dtype of its activations. By default float32; on accelerators bfloat16."""
+    leaves: tuple[int, ...] = (50, 100, 200, 500, 1000, 2000)
+    """Sizes of the trees whose programs are compiled."""
+    devices: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of fake CPU devices for which programs are compiled."""
+    scaling_architecture: str = "resnet18"
+    """The ResNet whose collectives are counted."""
+    seconds: float = 20.0
+    """For how long contestants are timed against each other, once compiled."""
+    repetitions: int = 200
+    """The most samples of each contestant."""
+    ceiling_megabytes: int | None = None
+    """The array that bandwidth is measured on. By default 100 MB, as much as ResNet-50; on
+    accelerators 1000 MB."""
+    matmul_size: int | None = None
+    """Rows and columns of the matrices whose product is timed: by default 2048; on accelerators
+    8192."""
+    smoke: bool = False
+    """Tiny sizes, in place of all of the above but `out` and `only`: does it run at all?"""
+
+    def __post_init__(self) -> None:
+        for name in ("seconds", "repetitions"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+        for name in ("leaves", "devices"):
+            if not getattr(self, name) or min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be positive numbers; got {getattr(self, name)}.")
+
+    def settled(self) -> "Sizes":
+        """What is run on this machine."""
+        if self.smoke:
+            return Sizes(
+                trees=("small_6",),
+                all_rules_on=("small_6",),
+                architectures=("cifar_resnet8",),
+                image_size=8,
+                batch_size=2,
+                width=2,
+                activations="float32",
+                leaves=(4, 8),
+                devices=(1, 2),
+                scaling_architecture="cifar_resnet8",
+                seconds=0.2,
+                repetitions=3,
+                ceiling_megabytes=1,
+                matmul_size=64,
+            )
+        accelerator = jax.default_backend() != "cpu"
+        trees = ("resnet18", "resnet50", "vit_b", *(("vit_l", "300M") if accelerator else ()))
+        return Sizes(
+            trees=self.trees or trees,
+            all_rules_on=self.all_rules_on,
+            architectures=self.architectures or (("resnet50",) if accelerator else ("resnet18",)),
+            image_size=self.image_size or (224 if accelerator else 64),
+            batch_size=self.batch_size or (128 if accelerator else 8),
+            width=self.width,
+            activations=self.activations or ("bfloat16" if accelerator else "float32"),
+            leaves=self.leaves,
+            devices=self.devices,
+            scaling_architecture=self.scaling_architecture,
+            seconds=self.seconds,
+            repetitions=self.repetitions,
+            ceiling_megabytes=self.ceiling_megabytes or (1000 if accelerator else 100),
+            matmul_size=self.matmul_size or (8192 if accelerator else 2048),
+        )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is run: a :class:`Config` with nothing left open."""
+
+    trees: tuple[str, ...]
+    all_rules_on: tuple[str, ...]
+    architectures: tuple[str, ...]
+    image_size: int
+    batch_size: int
+    width: int | None
+    activations: Literal["float32", "bfloat16"]
+    leaves: tuple[int, ...]
+    devices: tuple[int, ...]
+    scaling_architecture: str
+    seconds: float
+    repetitions: int
+    ceiling_megabytes: int
+    matmul_size: int

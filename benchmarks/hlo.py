@@ -1,0 +1,176 @@
+"""What is in an optimized program, read from its text."""
+
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "all-to-all",
+    "collective-broadcast",
+    "collective-permute",
+    "ragged-all-to-all",
+    "reduce-scatter",
+)
+# They name values, and move nothing.
+BOOKKEEPING = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast"})
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*)$")
+_OPCODE = re.compile(r"(?:^|\s)([a-z][\w\-]*)\(")
+_ARRAY = re.compile(r"\b(pred|bf16|[a-z]+?\d+)\w*\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+
+
+class Instruction(NamedTuple):
+    """One operation of a program.
+
+    Attributes:
+        opcode: Such as ``fusion``.
+        n_bytes: The size of its result.
+        calls: The computations that it runs.
+        branches: Those of them that it runs one of.
+    """
+
+    opcode: str
+    n_bytes: int
+    calls: tuple[str, ...]
+    branches: tuple[str, ...]
+
+
+class Collectives(NamedTuple):
+    """What devices send each other.
+
+    Attributes:
+        counts: By kind, how many messages; several arrays in one count once.
+        n_bytes: The size of their results on one device.
+    """
+
+    counts: dict[str, int]
+    n_bytes: int
+
+
+class Module(NamedTuple):
+    """A program.
+
+    Attributes:
+        computations: By name, their instructions.
+        entry: The name of the one that is run.
+    """
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+
+    def launched(self) -> list[Instruction]:
+        """The instructions that are launched one by one: not those within a fusion."""
+        return [each for name in self._launched(None) for each in self.computations[name]]
+
+    def count(self, opcode: str) -> int:
+        """How many instructions of a kind the program has, within fusions too."""
+        return sum(
+            each.opcode == opcode
+            for instructions in self.computations.values()
+            for each in instructions
+        )
+
+    def size(self) -> int:
+        """How many instructions the program has in all, but for those that only name values."""
+        return sum(
+            each.opcode not in BOOKKEEPING
+            for instructions in self.computations.values()
+            for each in instructions
+        )
+
+    def launches(self) -> int:
+        """How many instructions are launched, but for those that only name values."""
+        return sum(each.opcode not in BOOKKEEPING for each in self.launched())
+
+    def collectives(self) -> tuple[Collectives, Collectives]:
+        """What every run sends, and what it sends besides in the branches of conditionals."""
+        always = self._launched("branches")
+        rest = [name for name in self._launched(None) if name not in always]
+        return self._collectives(always), self._collectives(rest)
+
+    def _launched(self, leave_out: str | None) -> list[str]:
+        reached, waiting = [], [self.entry]
+        while waiting:
+            name = waiting.pop()
+            if name in reached or name not in self.computations:
+                continue
+            reached.append(name)
+            for each in self.computations[name]:
+                if each.opcode in ("call", "while", "conditional", "async-start"):
+                    waiting += [
+                        called
+                        for called in each.calls
+                        if not (leave_out == "branches" and called in each.branches)
+                    ]
+        return reached
+
+    def _collectives(self, names: list[str]) -> Collectives:
+        counts: Counter[str] = Counter()
+        n_bytes = 0
+        for each in (each for name in names for each in self.computations[name]):
+            kind = each.opcode.removesuffix("-start")
+            if kind in COLLECTIVES:
+                counts[kind] += 1
+                n_bytes += each.n_bytes
+        return Collectives(dict(counts), n_bytes)
+
+
+def parse(text: str) -> Module:
+    """Reads the text of an optimized program.
+
+    Args:
+        text: As ``compiled.as_text()`` gives it.
+
+    Returns:
+        Its computations.
+
+    Raises:
+        ValueError: If it has no entry.
+    """
+    computations: dict[str, list[Instruction]] = {}
+    entry, inside = None, None
+    for line in text.splitlines():
+        if start := _COMPUTATION.match(line):
+            inside = computations.setdefault(start[2], [])
+            entry = start[2] if start[1] else entry
+        elif line.startswith("}"):
+            inside = None
+        elif inside is not None and (found := _INSTRUCTION.match(line)):
+            inside.append(_instruction(found[1]))
+    if entry is None:
+        raise ValueError(f"The text of a program must have an ENTRY; got {text[:80]!r}...")
+    return Module(computations, entry)
+
+
+def _instruction(text: str) -> Instruction:
+    text = re.sub(r"/\*.*?\*/|metadata=\{[^}]*\}", "", text)
+    opcode = _OPCODE.search(text)
+    if opcode is None:
+        raise ValueError(f"An instruction must have an opcode; got {text[:80]!r}.")
+    arrays = _ARRAY.findall(text[: opcode.start()])
+    if opcode[1] in ("all-gather-start", "collective-permute-start"):
+        # Their results are (what goes in, what comes out, ...).
+        arrays = arrays[len(arrays) // 2 :][:1] if len(arrays) > 1 else arrays
+    branches = [
+        name.strip().lstrip("%") for group in _BRANCHES.findall(text) for name in group.split(",")
+    ]
+    branches += re.findall(r"\b(?:true|false)_computation=%?([\w.\-]+)", text)
+    return Instruction(
+        opcode[1],
+        sum(_size(dtype, shape) for dtype, shape in arrays),
+        tuple(dict.fromkeys([*_CALLED.findall(text), *branches])),
+        tuple(branches),
+    )
+
+
+def _size(dtype: str, shape: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.sub(r"\D", "", dtype))
+    return math.ceil(bits / 8 * math.prod(int(size) for size in shape.split(",") if size))
