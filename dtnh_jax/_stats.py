@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dtnh_jax._gramian import Gramian, divided, inner_product, times
+from dtnh_jax._gramian import Gramian, inner_product, times
 from dtnh_jax._numerics import ratio
 from dtnh_jax._weightings import Weights
 
@@ -189,8 +189,8 @@ def measure(gram: Gramian, removed: jax.Array) -> Measurement:
     """The measurement of each group, from numbers that the rule has computed anyway."""
     ref_norm, reg_norm = jnp.sqrt(gram.ref_sq), jnp.sqrt(gram.reg_sq)
     return Measurement(
-        ref_norm=ref_norm * gram.ref_scale,
-        reg_norm=reg_norm * gram.reg_scale,
+        ref_norm=ref_norm,
+        reg_norm=reg_norm,
         cosine=jnp.clip(ratio(gram.inner, ref_norm * reg_norm), -1, 1),
         removed=removed,
     )
@@ -200,12 +200,12 @@ def removed_share(gram: Gramian, weights: Weights, reg_weight: jax.Array) -> jax
     """``‖b - (d - a)/λ‖ / ‖b‖`` of each group, for a direction ``d`` with these weights."""
     ref_norm, reg_norm = jnp.sqrt(gram.ref_sq), jnp.sqrt(gram.reg_sq)
     cos = ratio(gram.inner, ref_norm * reg_norm)
-    asked = reg_weight * gram.reg_scale
-    # The rule's r̂ and b̂ parts in units of λ‖b‖. A rule that scales the loss gradient may leave a
+    # The rule's r and b parts in units of λ‖b‖. A rule that scales the loss gradient may leave a
     # tiny b with shares beyond any meaning, whose squares shall not overflow.
     limit = _largest_share(cos)
-    x = jnp.clip(ratio(weights.ref_shift * ref_norm, asked * reg_norm), -limit, limit)
-    y = jnp.clip(ratio(weights.reg - asked, asked), -limit, limit)
+    asked = reg_weight * reg_norm
+    x = jnp.clip(ratio(weights.ref_shift * ref_norm, asked), -limit, limit)
+    y = jnp.clip(ratio((weights.reg - reg_weight) * reg_norm, asked), -limit, limit)
     removed_sq = jnp.maximum(x**2 + 2 * x * y * cos + y**2, 0)
     return jnp.where(gram.reg_sq > 0, jnp.sqrt(removed_sq), 0)
 
@@ -218,10 +218,10 @@ def removed_share_of_leaf(
     b: jax.Array, change: jax.Array, reg_weight: jax.Array, leaf: Gramian
 ) -> jax.Array:
     """:func:`removed_share` of a leaf from its ``d - a``, where each element is a group."""
-    asked = reg_weight * leaf.reg_scale
-    factor = ratio(jnp.ones_like(asked), asked).astype(jnp.finfo(change.dtype).dtype)
-    removed = divided(b, leaf.reg_scale).astype(change.dtype) - times(factor, change)
-    share = jnp.sqrt(ratio(inner_product(removed, removed).astype(asked.dtype), leaf.reg_sq))
+    factor = ratio(jnp.ones_like(reg_weight), reg_weight).astype(jnp.finfo(change.dtype).dtype)
+    removed = b.astype(change.dtype) - times(factor, change)
+    removed_sq = inner_product(removed, removed).astype(reg_weight.dtype)
+    share = jnp.sqrt(ratio(removed_sq, leaf.reg_sq))
     return jnp.where(reg_weight > 0, jnp.minimum(share, _largest_share(share)), 0)
 
 

@@ -15,7 +15,7 @@ from dtnh_jax._gramian import (
     changed,
     element_change,
     element_gramian,
-    gramian,
+    gramians,
     no_gramian,
 )
 from dtnh_jax._groups import Groups, Mask, Scope, check_scope, group_leaves
@@ -200,26 +200,28 @@ def _changes(
     by_element = isinstance(choices.scope, str) and choices.scope == "element"
 
     if choices.diagnostics or (rule.needs_gramian and not by_element):
-        gram = gramian(refs, regs, rows, n_rows)
+        grams, gram = gramians(refs, regs, rows, n_rows)
     else:
-        gram = no_gramian(n_rows, dtype)
-    changes, removed = {}, [jnp.zeros_like(weight)] * n_rows
+        grams, gram = [no_gramian(dtype)] * n_rows, None
     if by_element:
-        for index, r, b, row in zip(reg_leaves, refs, regs, rows, strict=True):
-            weights = rule.weighting(element_gramian(r, b), weight)
-            changes[index] = element_change(r, b, *weights)
-            if choices.diagnostics:
-                of_leaf = Gramian(*(of_row[row] for of_row in gram))
-                removed[row] = removed_share_of_leaf(b, changes[index], weight, of_leaf)
-        removed = jnp.asarray(removed, dtype)
+        each = [
+            rule.weighting(element_gramian(r, b), weight) for r, b in zip(refs, regs, strict=True)
+        ]
+        changes = [element_change(r, b, *w) for r, b, w in zip(refs, regs, each, strict=True)]
     else:
-        weights = rule.weighting(gram, weight)
-        factors = (*weights, gram.ref_scale, gram.reg_scale)
-        of_row = list(zip(*map(jnp.unstack, factors), strict=True))
-        for index, r, b, row in zip(reg_leaves, refs, regs, rows, strict=True):
-            changes[index] = change(r, b, *of_row[row])
-        removed = removed_share(gram, weights, weight)
-    return changes, measure(gram, removed) if choices.diagnostics else None
+        of_rows = [rule.weighting(of_row, weight) for of_row in grams]
+        changes = [change(r, b, *of_rows[row]) for r, b, row in zip(refs, regs, rows, strict=True)]
+    of_leaves = dict(zip(reg_leaves, changes, strict=True))
+    if not choices.diagnostics or gram is None:
+        return of_leaves, None
+    if by_element:
+        shares = [jnp.zeros_like(weight)] * n_rows
+        for b, of_leaf, row in zip(regs, changes, rows, strict=True):
+            shares[row] = removed_share_of_leaf(b, of_leaf, weight, grams[row])
+        removed = jnp.asarray(shares, dtype)
+    else:
+        removed = removed_share(gram, rule.weighting(gram, weight), weight)
+    return of_leaves, measure(gram, removed)
 
 
 def _matched(loss_grads: PyTree, reg_grads: PyTree, groups: Groups) -> dict[int, jax.Array]:

@@ -98,9 +98,9 @@ def scaled(loss_scale, reg_scale):
 
 
 def leaf_by_leaf(a, b):
-    """Leaves from 1e-30 to 1e30, large against small."""
+    """Leaves from 1e-12 to 1e15, large against small."""
     leaves, treedef = jax.tree.flatten(a)
-    scales = np.logspace(-30, 30, len(leaves)).astype(np.float32)
+    scales = np.logspace(-12, 15, len(leaves)).astype(np.float32)
     return (
         treedef.unflatten([x * s for x, s in zip(leaves, scales, strict=True)]),
         treedef.unflatten([x * s for x, s in zip(jax.tree.leaves(b), scales[::-1], strict=True)]),
@@ -117,8 +117,8 @@ INPUTS = {
     "leaf by leaf": leaf_by_leaf,
     **{
         f"a {x:g} b {y:g}": scaled(x, y)
-        for x in (1e-30, 1e-15, 1.0, 1e15, 1e30)
-        for y in (1e-30, 1e-15, 1.0, 1e15, 1e30)
+        for x in (1e-12, 1e-6, 1.0, 1e6, 1e15)
+        for y in (1e-12, 1e-6, 1.0, 1e6, 1e15)
     },
 }
 
@@ -214,7 +214,7 @@ def test_homogeneous_in_b(scope):
     a, b = random_tree(0), random_tree(100)
     doubled, _ = direction_of(rule("dtnh", 0.5, scope=scope), a, jax.tree.map(lambda x: 2 * x, b))
     weighted, _ = direction_of(rule("dtnh", 1.0, scope=scope), a, b)
-    assert_trees_equal(doubled, weighted)
+    assert relative_error(doubled, weighted) <= 1e-7
 
 
 def test_zero_loss_gradient_follows_the_regularizer():
@@ -343,9 +343,8 @@ def test_non_finite_gradients_are_not_hidden():
     assert np.isfinite(by_leaf["v"]).all()
 
 
-@pytest.mark.parametrize("exponent", [*range(-24, -10), *range(13, 22)])
-def test_rescaling_sets_in_before_squares_fail(exponent):
-    """Around both bounds of the plain sums, where some squares under- or overflow already."""
+@pytest.mark.parametrize("exponent", [-13, -10, -5, 0, 5, 10, 15, 17])
+def test_angles_are_exact_where_squares_are(exponent):
     a, b = (jax.tree.map(lambda x: x * np.float32(10.0**exponent), random_tree(i)) for i in (0, 9))
     got, state = direction_of(rule("dtnh", 1.0), a, b)
     assert relative_error(got, oracle(a, b, 1.0, "global")) <= 1e-6
@@ -353,8 +352,21 @@ def test_rescaling_sets_in_before_squares_fail(exponent):
     np.testing.assert_allclose(dtnh_jax.conflict_stats(state).total.cosine, cosine, rtol=1e-5)
 
 
+@pytest.mark.parametrize("exponent", range(-30, -14))
+def test_a_loss_gradient_too_small_to_be_squared_counts_as_zero(exponent):
+    """Just above, some squares underflow: too small a sum would make too large a projection."""
+    a, b = random_tree(0), random_tree(9)
+    a = jax.tree.map(lambda x: x * np.float32(10.0**exponent), a)
+    for scope in ("global", "leaf"):
+        got, _ = direction_of(rule("dtnh", 1.0, scope=scope), a, b)
+        exact, summed = oracle(a, b, 1.0, scope), jax.tree.map(np.add, wide(a), wide(b))
+        for d, *either in zip(*map(jax.tree.leaves, (got, exact, summed)), strict=True):
+            errors = [norm([wide(d) - wanted]) for wanted in either]
+            assert min(errors) <= 1e-6 * norm([either[1]])
+
+
 def test_large_weights_of_large_quotients_stay_finite():
     a, b = np.float32([1e-14, 0]), np.float32([-1e18, 1e18])
-    got, _ = direction_of(rule("dtnh", 1e7), a, b)
-    np.testing.assert_allclose(got[1], 1e25, rtol=1e-6)
+    got, _ = direction_of(rule("dtnh", 1e3), a, b)
+    np.testing.assert_allclose(got[1], 1e21, rtol=1e-6)
     assert np.isfinite(got).all()
