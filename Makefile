@@ -5,10 +5,14 @@ BIN := $(VENV)/bin
 OLDEST := $(VENV)-oldest
 TFDS := $(VENV)-tfds
 
-.PHONY: demo test test-oldest test-tfds lint types docs check clean
+.PHONY: demo bench test test-oldest test-tfds lint types docs check clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.digits
+
+# Every table of docs/costs.md; wants a quiet machine, and takes about ten minutes of two cores.
+bench: $(VENV)/.examples
+	$(BIN)/python -m benchmarks
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile

@@ -6,13 +6,28 @@ from collections.abc import Callable
 import tyro
 from rich.console import Console
 
-from benchmarks import combination, machine, report
+from benchmarks import (
+    combination,
+    compilation,
+    goals,
+    machine,
+    memory,
+    pytorch,
+    report,
+    scaling,
+    step,
+)
 from benchmarks.config import Config, Section, Sizes
 from benchmarks.machine import Ceilings
 from benchmarks.report import Table
 
 RUNS: dict[Section, Callable[[Sizes, Ceilings], Table]] = {
     "combination": combination.run,
+    "step": step.run,
+    "memory": memory.run,
+    "compile": compilation.run,
+    "scaling": scaling.run,
+    "torch": pytorch.run,
 }
 
 
@@ -30,11 +45,13 @@ def main(config: Config) -> None:
     } | {f"{dtype} matmul": f"{rate / 1e9:.0f} GFLOP/s" for dtype, rate in ceilings.matmul.items()}
     for name, value in header.items():
         console.print(f"{name}: {value}")
-    tables = []
+    tables: dict[str, Table] = {}
     for section in config.only:
-        tables.append(RUNS[section](sizes, ceilings))
-        report.show(tables[-1], console)
-    files = report.save(tables, header, config.out)
+        tables[section] = RUNS[section](sizes, ceilings)
+        report.show(tables[section], console)
+    tables["goals"] = goals.run(tables, ceilings)
+    report.show(tables["goals"], console)
+    files = report.save(list(tables.values()), header, config.out)
     console.print(
         f"{time.perf_counter() - start:.0f} s. Written to {config.out}: {', '.join(files)}."
     )

@@ -4,9 +4,10 @@ import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import dtnh_jax
@@ -38,19 +39,6 @@ RIVALS = (
 THEIR_RULES = ("bloop_direction", "pcgrad_direction")
 
 
-class Contestant(NamedTuple):
-    """One way to combine two gradients.
-
-    Attributes:
-        make: From the inputs, the function to compile and its arguments.
-        passes: How many trees it must read or write, if no group fits into a cache; ``None`` where
-            nobody has counted.
-    """
-
-    make: Callable[["Inputs"], tuple[Callable[..., Any], tuple[Any, ...]]]
-    passes: int | None = None
-
-
 class Inputs(NamedTuple):
     """Trees of one structure: the pair, and the weights now and before."""
 
@@ -60,37 +48,69 @@ class Inputs(NamedTuple):
     pretrained: Any
 
 
+class Contestant(NamedTuple):
+    """One way to combine two gradients.
+
+    Attributes:
+        function: What is compiled.
+        arguments: What it is called with.
+        passes: How many trees it must read or write, if no group fits into a cache; ``None`` where
+            nobody has counted.
+    """
+
+    function: Callable[..., Any]
+    arguments: Callable[[Inputs], tuple[Any, ...]]
+    passes: int | None = None
+
+
 def link(tx: optax.GradientTransformation, passes: int | None = None) -> Contestant:
     """A link of an Optax chain."""
 
-    def make(inputs: Inputs) -> Any:
+    def arguments(inputs: Inputs) -> tuple[Any, ...]:
         pair = dtnh_jax.GradientPair(inputs.loss_grads, inputs.reg_grads)
-        return tx.update, (pair, tx.init(inputs.params))
+        return pair, tx.init(inputs.params)
 
-    return Contestant(make, passes)
+    return Contestant(tx.update, arguments, passes)
 
 
 def closed_form(tx: optax.GradientTransformation, passes: int) -> Contestant:
     """A link of an Optax chain, fed with the gradient of L2-SP in closed form."""
 
-    def make(inputs: Inputs) -> Any:
-        def update(loss_grads: Any, params: Any, pretrained: Any, state: Any) -> Any:
-            pull = regularizers.l2_sp_gradient(params, pretrained)
-            return tx.update(dtnh_jax.GradientPair(loss_grads, pull), state)
+    def update(loss_grads: Any, params: Any, pretrained: Any, state: Any) -> Any:
+        pull = regularizers.l2_sp_gradient(params, pretrained)
+        return tx.update(dtnh_jax.GradientPair(loss_grads, pull), state)
 
-        arguments = inputs.loss_grads, inputs.params, inputs.pretrained
-        return update, (*arguments, tx.init(inputs.params))
+    def arguments(inputs: Inputs) -> tuple[Any, ...]:
+        return inputs.loss_grads, inputs.params, inputs.pretrained, tx.init(inputs.params)
 
-    return Contestant(make, passes)
+    return Contestant(update, arguments, passes)
 
 
-def literal(inputs: Inputs) -> Any:
+def literal(a: Any, b: Any) -> Any:
     """What one writes by hand."""
+    return jax.tree.map(lambda a, b: a + REG_WEIGHT * b, a, b)
+
+
+def dtnh_by_hand(scope: Literal["global", "leaf"]) -> Callable[..., Any]:
+    """DTNH as one writes it by hand, without a thought of scales, masks and diagnostics."""
 
     def update(a: Any, b: Any) -> Any:
-        return jax.tree.map(lambda a, b: a + REG_WEIGHT * b, a, b)
+        inner = jax.tree.map(lambda a, b: jnp.sum(a * b), a, b)
+        square = jax.tree.map(lambda a: jnp.sum(a * a), a)
+        if scope == "global":
+            of_all = optax.tree.sum(inner), optax.tree.sum(square)
+            inner, square = (jax.tree.map(lambda _, x=x: x, a) for x in of_all)
+        return jax.tree.map(
+            lambda a, b, inner, square: a + REG_WEIGHT * (b - jnp.minimum(0, inner / square) * a),
+            *(a, b, inner, square),
+        )
 
-    return update, (inputs.loss_grads, inputs.reg_grads)
+    return update
+
+
+def plain(function: Callable[[Any, Any], Any], passes: int) -> Contestant:
+    """A function of the two gradients."""
+    return Contestant(function, lambda inputs: (inputs.loss_grads, inputs.reg_grads), passes)
 
 
 def ml_bloop() -> ModuleType | None:
@@ -105,11 +125,11 @@ def theirs(published: ModuleType, direction: str) -> Contestant:
     """A rule of the published code of BLOOP."""
     init = {"bloop_direction": "init_bloop", "pcgrad_direction": "init_pcgrad"}[direction]
 
-    def make(inputs: Inputs) -> Any:
+    def arguments(inputs: Inputs) -> tuple[Any, ...]:
         state = getattr(published, init)(jax.random.key(0), inputs.loss_grads, lbda=REG_WEIGHT)
-        return getattr(published, direction), (inputs.loss_grads, inputs.reg_grads, state)
+        return inputs.loss_grads, inputs.reg_grads, jax.tree.map(jnp.asarray, state)
 
-    return Contestant(make)
+    return Contestant(getattr(published, direction), arguments)
 
 
 def contestants(*, all_rules: bool) -> dict[str, Contestant]:
@@ -117,7 +137,9 @@ def contestants(*, all_rules: bool) -> dict[str, Contestant]:
     bare = functools.partial(dtnh_jax.dtnh, REG_WEIGHT, diagnostics=False)
     found = {
         BASE: link(dtnh_jax.weighted_sum(REG_WEIGHT, diagnostics=False), 3),
-        LITERAL: Contestant(literal, 3),
+        LITERAL: plain(literal, 3),
+        "dtnh global by hand": plain(dtnh_by_hand("global"), 5),
+        "dtnh leaf by hand": plain(dtnh_by_hand("leaf"), 5),
     }
     for scope in SCOPES:
         found[f"dtnh {scope}"] = link(dtnh_jax.dtnh(REG_WEIGHT, scope=scope), 5)
@@ -151,15 +173,11 @@ def contestants(*, all_rules: bool) -> dict[str, Contestant]:
 
 
 @functools.cache
-def programs(name: str, all_rules: bool) -> dict[str, Program]:
-    """The compiled contestants on one tree."""
-    shapes = trees.tree(name)
-    inputs = Inputs(*(trees.random_like(shapes, seed) for seed in range(4)))
-    made = {}
-    for of_contestant, contestant in contestants(all_rules=all_rules).items():
-        function, arguments = contestant.make(inputs)
-        made[of_contestant] = compile_program(function, *arguments)
-    return made
+def program(name: str, of_contestant: str) -> Program:
+    """A compiled contestant, on one tree."""
+    inputs = Inputs(*(trees.tree(name) for _ in Inputs._fields))
+    contestant = contestants(all_rules=True)[of_contestant]
+    return compile_program(contestant.function, *jax.eval_shape(contestant.arguments, inputs))
 
 
 def run(sizes: Sizes, ceilings: Ceilings) -> Table:
@@ -168,11 +186,18 @@ def run(sizes: Sizes, ceilings: Ceilings) -> Table:
     for name in sizes.trees:
         all_rules = name in sizes.all_rules_on
         shapes = trees.tree(name)
-        compiled = programs(name, all_rules)
-        samples = compare(compiled, seconds=sizes.seconds, repetitions=sizes.repetitions)
-        for of_contestant, contestant in contestants(all_rules=all_rules).items():
+        running = contestants(all_rules=all_rules)
+        inputs = Inputs(*(trees.random_like(shapes, seed) for seed, _ in enumerate(Inputs._fields)))
+        calls = {
+            of_contestant: functools.partial(
+                program(name, of_contestant).compiled, *contestant.arguments(inputs)
+            )
+            for of_contestant, contestant in running.items()
+        }
+        samples = compare(calls, seconds=sizes.seconds, repetitions=sizes.repetitions)
+        for of_contestant, contestant in running.items():
             mine = samples[of_contestant]
-            floor = contestant.passes and contestant.passes * trees.n_bytes(shapes) / ceilings.triad
+            n_bytes = contestant.passes and contestant.passes * trees.n_bytes(shapes)
             row: Row = {
                 "tree": name,
                 "leaves": len(jax.tree.leaves(shapes)),
@@ -181,18 +206,19 @@ def run(sizes: Sizes, ceilings: Ceilings) -> Table:
                 **mine.cells(),
                 "× weighted sum": mine.over(samples[BASE]),
                 "passes": contestant.passes,
-                "× floor": floor and mine.median / floor,
+                "GB/s": n_bytes and n_bytes / mine.median / 1e9,
+                "× floor": n_bytes and mine.median / (n_bytes / ceilings.triad),
             }
             for direction in THEIR_RULES:
                 their = samples.get(f"ml-bloop {direction}")
                 row[f"× {direction}"] = their and mine.over(their)
-            row["launches"] = compiled[of_contestant].hlo.launches()
-            row["compile s"] = compiled[of_contestant].compile_seconds
+            row["launches"] = program(name, of_contestant).hlo.launches()
+            row["compile s"] = program(name, of_contestant).compile_seconds
             rows.append(row)
     return Table(
         "combination",
         "The combination alone",
-        "The update of each rule on a given pair. Ratios are medians over repetitions; the floor is "
-        "passes × bytes of the tree at the measured triad bandwidth.",
+        "The update of each rule on a given pair. Ratios are medians over repetitions; the floor "
+        "is passes × bytes of the tree at the measured triad bandwidth.",
         rows,
     )

@@ -6,6 +6,11 @@ from typing import Literal
 
 import jax
 
+from benchmarks import trees
+from examples.common.resnet import plan_of
+
+Regularizer = Literal["l2_sp", "distillation"]
+Layout = Literal["replicated", "sharded"]
 Section = Literal["combination", "step", "memory", "compile", "scaling", "torch"]
 SECTIONS: tuple[Section, ...] = ("combination", "step", "memory", "compile", "scaling", "torch")
 
@@ -33,10 +38,16 @@ class Config:
     """Channels of the ResNets' first stage. By default the usual ones."""
     activations: Literal["float32", "bfloat16"] | None = None
     """Dtype of its activations. By default float32; on accelerators bfloat16."""
+    regularizers: tuple[Regularizer, ...] = ("l2_sp", "distillation")
+    """Regularizers of the whole step."""
     leaves: tuple[int, ...] = (50, 100, 200, 500, 1000, 2000)
     """Sizes of the trees whose programs are compiled."""
+    compile_seconds: float = 120.0
+    """For how long, about, programs are compiled against the number of leaves."""
     devices: tuple[int, ...] = (1, 2, 4, 8)
     """Numbers of fake CPU devices for which programs are compiled."""
+    layouts: tuple[Layout, ...] = ("replicated", "sharded")
+    """Whether each device has params and gradients whole, or a part of them."""
     scaling_architecture: str = "resnet18"
     """The ResNet whose collectives are counted."""
     seconds: float = 20.0
@@ -53,26 +64,36 @@ class Config:
     """Tiny sizes, in place of all of the above but `out` and `only`: does it run at all?"""
 
     def __post_init__(self) -> None:
-        for name in ("seconds", "repetitions"):
+        for name in ("seconds", "compile_seconds", "repetitions"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
         for name in ("leaves", "devices"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be positive numbers; got {getattr(self, name)}.")
 
+        # Before minutes are spent on what comes first.
+        for name in self.trees or ():
+            trees.tree(name)
+        for architecture in (*(self.architectures or ()), self.scaling_architecture):
+            plan_of(architecture)
+
     def settled(self) -> "Sizes":
         """What is run on this machine."""
         if self.smoke:
             return Sizes(
                 trees=("small_6",),
-                all_rules_on=("small_6",),
+                all_rules_on=(),
                 architectures=("cifar_resnet8",),
                 image_size=8,
                 batch_size=2,
                 width=2,
                 activations="float32",
-                leaves=(4, 8),
-                devices=(1, 2),
+                regularizers=("distillation",),
+                all_steps=False,
+                leaves=(2, 4),
+                compile_seconds=60.0,
+                devices=(2,),
+                layouts=("sharded",),
                 scaling_architecture="cifar_resnet8",
                 seconds=0.2,
                 repetitions=3,
@@ -89,8 +110,12 @@ class Config:
             batch_size=self.batch_size or (128 if accelerator else 8),
             width=self.width,
             activations=self.activations or ("bfloat16" if accelerator else "float32"),
+            regularizers=self.regularizers,
+            all_steps=True,
             leaves=self.leaves,
+            compile_seconds=self.compile_seconds,
             devices=self.devices,
+            layouts=self.layouts,
             scaling_architecture=self.scaling_architecture,
             seconds=self.seconds,
             repetitions=self.repetitions,
@@ -101,7 +126,11 @@ class Config:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is run: a :class:`Config` with nothing left open."""
+    """What is run: a :class:`Config` with nothing left open.
+
+    Attributes, where they are not those of :class:`Config`:
+        all_steps: Whether every way to make a step is timed, or only those that goals are about.
+    """
 
     trees: tuple[str, ...]
     all_rules_on: tuple[str, ...]
@@ -110,8 +139,12 @@ class Sizes:
     batch_size: int
     width: int | None
     activations: Literal["float32", "bfloat16"]
+    regularizers: tuple[Regularizer, ...]
+    all_steps: bool
     leaves: tuple[int, ...]
+    compile_seconds: float
     devices: tuple[int, ...]
+    layouts: tuple[Layout, ...]
     scaling_architecture: str
     seconds: float
     repetitions: int

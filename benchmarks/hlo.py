@@ -33,14 +33,12 @@ class Instruction(NamedTuple):
     Attributes:
         opcode: Such as ``fusion``.
         n_bytes: The size of its result.
-        calls: The computations that it runs.
-        branches: Those of them that it runs one of.
+        calls: The computations that it runs, or picks one of.
     """
 
     opcode: str
     n_bytes: int
     calls: tuple[str, ...]
-    branches: tuple[str, ...]
 
 
 class Collectives(NamedTuple):
@@ -66,10 +64,6 @@ class Module(NamedTuple):
     computations: dict[str, list[Instruction]]
     entry: str
 
-    def launched(self) -> list[Instruction]:
-        """The instructions that are launched one by one: not those within a fusion."""
-        return [each for name in self._launched(None) for each in self.computations[name]]
-
     def count(self, opcode: str) -> int:
         """How many instructions of a kind the program has, within fusions too."""
         return sum(
@@ -87,16 +81,22 @@ class Module(NamedTuple):
         )
 
     def launches(self) -> int:
-        """How many instructions are launched, but for those that only name values."""
-        return sum(each.opcode not in BOOKKEEPING for each in self.launched())
+        """How many instructions every run launches: not those within fusions and branches."""
+        return sum(
+            each.opcode not in BOOKKEEPING
+            for name in self._launched(branches=False)
+            for each in self.computations[name]
+        )
 
     def collectives(self) -> tuple[Collectives, Collectives]:
         """What every run sends, and what it sends besides in the branches of conditionals."""
-        always = self._launched("branches")
-        rest = [name for name in self._launched(None) if name not in always]
+        always = self._launched(branches=False)
+        rest = [name for name in self._launched(branches=True) if name not in always]
         return self._collectives(always), self._collectives(rest)
 
-    def _launched(self, leave_out: str | None) -> list[str]:
+    def _launched(self, *, branches: bool) -> list[str]:
+        """The computations that are run instruction by instruction, with or without branches."""
+        opcodes = {"call", "while", "async-start"} | ({"conditional"} if branches else set())
         reached, waiting = [], [self.entry]
         while waiting:
             name = waiting.pop()
@@ -104,12 +104,8 @@ class Module(NamedTuple):
                 continue
             reached.append(name)
             for each in self.computations[name]:
-                if each.opcode in ("call", "while", "conditional", "async-start"):
-                    waiting += [
-                        called
-                        for called in each.calls
-                        if not (leave_out == "branches" and called in each.branches)
-                    ]
+                if each.opcode in opcodes:
+                    waiting += each.calls
         return reached
 
     def _collectives(self, names: list[str]) -> Collectives:
@@ -159,15 +155,13 @@ def _instruction(text: str) -> Instruction:
     if opcode[1] in ("all-gather-start", "collective-permute-start"):
         # Their results are (what goes in, what comes out, ...).
         arrays = arrays[len(arrays) // 2 :][:1] if len(arrays) > 1 else arrays
-    branches = [
-        name.strip().lstrip("%") for group in _BRANCHES.findall(text) for name in group.split(",")
-    ]
-    branches += re.findall(r"\b(?:true|false)_computation=%?([\w.\-]+)", text)
+    called = _CALLED.findall(text)
+    for group in _BRANCHES.findall(text):
+        called += [name.strip().lstrip("%") for name in group.split(",")]
     return Instruction(
         opcode[1],
         sum(_size(dtype, shape) for dtype, shape in arrays),
-        tuple(dict.fromkeys([*_CALLED.findall(text), *branches])),
-        tuple(branches),
+        tuple(dict.fromkeys(called)),
     )
 
 

@@ -1,5 +1,6 @@
 """What this machine is, and the most that it does."""
 
+import functools
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -8,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from benchmarks import trees
 from benchmarks.config import Sizes
 from benchmarks.programs import compile_program
 from benchmarks.timing import compare
@@ -33,21 +35,26 @@ class Ceilings(NamedTuple):
 
 def ceilings(sizes: Sizes) -> Ceilings:
     """Measures them."""
-    n = sizes.ceiling_megabytes * 10**6 // 4
-    key = jax.random.key(0)
-    a, b = (jax.random.normal(each, n) for each in jax.random.split(key))
-    programs = {
-        "copy": compile_program(lambda a: 1.5 * a, a),
-        "triad": compile_program(lambda a, b: a + 0.1 * b, a, b),
-        "read": compile_program(lambda a, b: jnp.sum(a * b), a, b),
+    # On a CPU a large result is new memory at each call, whose pages are zeroed first; leaves are
+    # small enough to be given out again.
+    cpu = jax.default_backend() == "cpu"
+    n_pieces = max(1, sizes.ceiling_megabytes // 4) if cpu else 1
+    n = sizes.ceiling_megabytes * 10**6 // 4 // n_pieces * n_pieces
+    a, b = (trees.random_like([_floats(n // n_pieces)] * n_pieces, seed) for seed in range(2))
+    runs = {
+        "copy": (lambda a: [1.5 * x for x in a], a),
+        "triad": (lambda a, b: [x + 0.1 * y for x, y in zip(a, b, strict=True)], a, b),
+        "read": (lambda a, b: [jnp.sum(x * y) for x, y in zip(a, b, strict=True)], a, b),
     }
-    dtypes = ("float32",) if jax.default_backend() == "cpu" else ("float32", "bfloat16")
+    dtypes = ("float32",) if cpu else ("float32", "bfloat16")
     for dtype in dtypes:
-        square = jax.random.normal(key, (sizes.matmul_size,) * 2).astype(dtype)
-        programs[dtype] = compile_program(jnp.matmul, square, square)
-    samples = compare(
-        programs, seconds=sizes.seconds / 4, repetitions=sizes.repetitions
-    )
+        square = trees.random_like(_floats(sizes.matmul_size, sizes.matmul_size), 0).astype(dtype)
+        runs[dtype] = (jnp.matmul, square, square)
+    calls = {
+        name: functools.partial(compile_program(*run).compiled, *run[1:])
+        for name, run in runs.items()
+    }
+    samples = compare(calls, seconds=sizes.seconds / 4, repetitions=sizes.repetitions)
     return Ceilings(
         copy=8 * n / samples["copy"].median,
         triad=12 * n / samples["triad"].median,
@@ -59,12 +66,20 @@ def ceilings(sizes: Sizes) -> Ceilings:
 def describe() -> dict[str, str]:
     """The device, the versions, and how busy the machine was."""
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
+    kind = jax.devices()[0].device_kind
     return {
-        "device": f"{jax.device_count()} × {jax.devices()[0].device_kind} ({jax.default_backend()})",
-        "cores": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else ""),
+        "device": f"{jax.device_count()} × {kind} ({jax.default_backend()})",
+        "cores": str(cores()),
         "load at the start": load,
         "python": platform.python_version(),
     } | {package: of_package for package in PACKAGES if (of_package := _version(package))}
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _version(package: str) -> str | None:
@@ -72,3 +87,7 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _floats(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -81,7 +81,11 @@ def _total(column: Sequence[jax.Array]) -> jax.Array:
 
 
 def _gramian(
-    ref_sq: jax.Array, inner: jax.Array, reg_sq: jax.Array, *, size: np.ndarray
+    ref_sq: jax.Array,
+    inner: jax.Array,
+    reg_sq: jax.Array,
+    *,
+    size: np.ndarray | np.floating | np.floating,
 ) -> Gramian:
     """The Gramian of sums over so many numbers."""
     # A sum of squares so small has lost some to underflow: too small beside inner.

@@ -89,7 +89,7 @@ def rows(runs: Sequence[Run], baseline: Run | None) -> list[list[str]]:
     head = [*(name.split(".")[1] for name in differing), "runs", "validation", "test"]
     table = [head if baseline is None else [*head, "− baseline"]]
     for setting, group in groups.items():
-        row = [dict(setting).get(name, "").replace("None", "") for name in differing]
+        row = [short(dict(setting).get(name, "None")) for name in differing]
         row.append(str(len(group)))
         row += [spread([run.percent(split) for run in group.values()]) for split in head[-2:]]
         if baseline is not None:
@@ -103,6 +103,13 @@ def rows(runs: Sequence[Run], baseline: Run | None) -> list[list[str]]:
             row.append("" if group is of_baseline else spread(differences, sign="+"))
         table.append(row)
     return table
+
+
+def short(value: str) -> str:
+    """A setting's value for a cell: of a path its last part, nothing for what was not set."""
+    if value == "None":
+        return ""
+    return Path(value).name if Path(value).is_absolute() else value
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
@@ -124,7 +131,11 @@ def main(arguments: Sequence[str]) -> int:
     if config.markdown:
         print(as_markdown_table(table))
     else:
-        Console(highlight=False, markup=False).print(as_rich(table, numbers=True))
+        # Rather a long line than half a number.
+        width = sum(max(map(len, column)) + 2 for column in zip(*table, strict=True))
+        console = Console(highlight=False, markup=False)
+        console.width = max(console.width, width)
+        console.print(as_rich(table, numbers=True))
     return 0
 
 
