@@ -74,11 +74,16 @@ def show(table: Table, console: Console) -> None:
     if not table.rows:
         return
     rich = RichTable(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    width = 0
     for column in table.columns:
         numeric = any(isinstance(row.get(column), int | float) for row in table.rows)
-        rich.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        rich.add_column(column, justify="right" if numeric else "left")
+        cells = (text(row.get(column)) for row in table.rows)
+        width += 1 + max(map(len, (column, *cells)))
     for row in table.rows:
         rich.add_row(*(text(row.get(column)) for column in table.columns))
+    # Rather a long line than half a number.
+    console.width = max(console.width, width)
     console.print(rich)
 
 
