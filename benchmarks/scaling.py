@@ -44,8 +44,8 @@ def run(sizes: Sizes, ceilings: Ceilings) -> Table:
         "Messages between devices",
         f"{sizes.scaling_architecture} compiled for fake CPU devices, the batch shared out, params "
         "and gradients whole on each (replicated) or cut along an axis (sharded). Bytes are the "
-        "sizes of the collectives' results on one device, in each step; rare: in the branch for "
-        f"gradients beyond the range of squares. Whole steps for {n_devices} devices alone.",
+        "sizes of the collectives' results on one device, in each step. Whole steps for "
+        f"{n_devices} devices alone.",
         json.loads(done.stdout),
     )
 
@@ -67,14 +67,12 @@ def rows(sizes: Sizes) -> list[Row]:
 
 def cells(text: str) -> Row:
     """What an optimized program sends."""
-    usual, rare = hlo.parse(text).collectives()
+    usual, _ = hlo.parse(text).collectives()
     kinds = [f"{n} {kind}" for kind, n in sorted(usual.counts.items())]
     return {
         "collectives": ", ".join(kinds) or "none",
         "messages": sum(usual.counts.values()),
         "bytes": usual.n_bytes,
-        "rare messages": sum(rare.counts.values()),
-        "rare bytes": rare.n_bytes,
     }
 
 

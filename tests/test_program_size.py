@@ -32,7 +32,7 @@ class Bound(NamedTuple):
 
     Attributes:
         launches: Instructions that a usual run launches, for each leaf.
-        instructions: Instructions in all, within fusions and the rare branch too, for each leaf.
+        instructions: Instructions in all, within fusions too, for each leaf.
         temporary: Memory besides arguments and outputs, in trees of params.
         messages: Collectives of a usual run, with every leaf cut over 8 devices.
         message_bytes: The size of their results, for each leaf.
