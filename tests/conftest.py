@@ -4,6 +4,10 @@ import jax
 import pytest
 
 
+# Scripts of tests that have no examples, and want packages that not every test has.
+collect_ignore = ["tiny_finetune.py", "fixtures"]
+
+
 @pytest.fixture(autouse=True)
 def strict_promotion():
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
