@@ -3,7 +3,6 @@
 import jax
 import pytest
 
-
 # Scripts of tests that have no examples, and want packages that not every test has.
 collect_ignore = ["tiny_finetune.py", "fixtures"]
 
