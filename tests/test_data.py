@@ -605,7 +605,7 @@ def test_batches_reach_the_devices_as_they_are(source, sharding):
     assert_same(sent, first(batches, 4))
 
 
-def test_the_state_is_that_of_the_batch_handed_out(source, sharding):
+def test_the_state_is_that_of_the_batch_handed_out(source, sharding, monkeypatch):
     batches = data.train_batches(source, config(), batch_size=8, seed=0)
     expected = first(batches, 7)
     with data.to_device(batches, sharding, depth=3) as on_devices:
@@ -620,9 +620,23 @@ def test_the_state_is_that_of_the_batch_handed_out(source, sharding):
         assert_same([next(resumed) for _ in range(4)], expected[3:])
         resumed.set_state(start)
         assert_same([next(resumed)], expected[:1])
-    plain = iter(batches)
-    plain.set_state(state)
-    assert_same([next(plain)], expected[3:4])
+    # Of all processes together: in two, each has half of the rows behind it.
+    assert state == {"next_row": 24}
+    shares = [
+        data.to_device(
+            data.train_batches(
+                source, config(), batch_size=8, seed=0, process_index=i, process_count=2
+            ),
+            sharding,
+        )
+        for i in range(2)
+    ]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for share in shares:
+        with share:
+            share.set_state(state)
+            assert share.get_state() == state
+            assert share._batches.get_state() == {"next_index": 12}
 
 
 def test_an_error_of_the_thread_is_raised_by_next(corrupt, sharding):

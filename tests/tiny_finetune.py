@@ -106,5 +106,5 @@ if __name__ == "__main__":
         kill_in_checkpoint(4, out / "checkpoints")
         signal_at_step(signal.SIGKILL, 6)
     elif where == "term":
-        signal_at_step(signal.SIGTERM, 3)
+        signal_at_step(signal.SIGTERM, 11)
     sys.exit(main(command))

@@ -130,11 +130,13 @@ class DeviceBatches(Iterator[Batch]):
 
     def get_state(self) -> dict[str, Any]:
         """The place after the last batch handed out, whatever has been made ahead. It is JSON."""
-        return self._batches.get_state()
+        # grain counts the rows of this process; of all of them, any number can go on from it.
+        rows = self._batches.get_state()["next_index"]
+        return {"next_row": rows * jax.process_count()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from ``state``, of the same images, settings and number of processes."""
-        self._batches.set_state(state)
+        """Goes on from ``state``, of the same images and settings, in any number of processes."""
+        self._batches.set_state({"next_index": state["next_row"] // jax.process_count()})
 
     def close(self) -> None:
         """Ends the thread."""
