@@ -62,5 +62,5 @@ $(OLDEST)/.installed: pyproject.toml
 $(TFDS)/.installed: pyproject.toml
 	$(PYTHON) -m venv --clear $(TFDS)
 	$(TFDS)/bin/python -m pip install --quiet --upgrade pip
-	$(TFDS)/bin/python -m pip install --quiet --editable ".[tfds]" pytest sybil
+	$(TFDS)/bin/python -m pip install --quiet --editable ".[tfds]" dill pytest sybil
 	touch $@
