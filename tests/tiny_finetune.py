@@ -1,7 +1,7 @@
 """A tiny fine-tuning: images of three colours, and a network that a few steps of training fit.
 
-As a script it is a run, which kills or stops itself: `tiny_finetune.py WHERE OUT ...`
-with `step`, `checkpoint`, `term` or `nowhere`, and then the command line of the run.
+As a script it is a run, which kills itself: `tiny_finetune.py WHERE OUT ...`
+with `step`, `checkpoint` or `nowhere`, and then the command line of the run.
 """
 
 import itertools
@@ -70,8 +70,8 @@ def arguments(directory: Path, out: Path, *more: str) -> list[str]:
     return [str(word) for pair in settings.items() for word in pair] + list(more)
 
 
-def signal_at_step(number: signal.Signals, step: int) -> None:
-    """Sends the process a signal when the step is asked for."""
+def kill_at_step(step: int) -> None:
+    """Kills the process when the step is asked for."""
     make_program = train.make_program
 
     def with_kill(task):
@@ -79,7 +79,7 @@ def signal_at_step(number: signal.Signals, step: int) -> None:
 
         def train_step(*arguments):
             if next(calls) == step:
-                os.kill(os.getpid(), number)
+                os.kill(os.getpid(), signal.SIGKILL)
             return program.train(*arguments)
 
         return program._replace(train=train_step)
@@ -101,10 +101,8 @@ def kill_in_checkpoint(step: int, directory: Path) -> None:
 if __name__ == "__main__":
     where, out, command = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     if where == "step":
-        signal_at_step(signal.SIGKILL, 4)
+        kill_at_step(4)
     elif where == "checkpoint":
         kill_in_checkpoint(4, out / "checkpoints")
-        signal_at_step(signal.SIGKILL, 6)
-    elif where == "term":
-        signal_at_step(signal.SIGTERM, 11)
+        kill_at_step(6)
     sys.exit(main(command))
