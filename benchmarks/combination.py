@@ -24,17 +24,10 @@ BASE = "weighted_sum, diagnostics=False"
 LITERAL = "a + λ b by jax.tree.map"
 
 SCOPES = ("global", "layer", "leaf", "element")
-RIVALS = (
-    "bloop",
-    "gradient_cosine",
-    "dynamic_barrier",
-    "agem",
-    "pcgrad",
-    "upgrad",
-    "mgda",
-    "imtl_g",
-    "cagrad",
-    "config",
+RIVALS = tuple(
+    name
+    for name in dtnh_jax.__all__
+    if getattr(getattr(dtnh_jax, name), "__module__", None) == dtnh_jax.bloop.__module__
 )
 THEIR_RULES = ("bloop_direction", "pcgrad_direction")
 

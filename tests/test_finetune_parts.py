@@ -19,6 +19,7 @@ import tiny_finetune
 from helpers import relative_error
 
 import dtnh_jax
+from benchmarks import combination
 from examples.common import data
 from examples.finetune import devices, objective, optimizer
 from examples.finetune.__main__ import main, parse
@@ -95,7 +96,8 @@ def test_the_matrix_is_that_of_the_library():
     helpers |= {"Match", "MatchReport", "fisher_diagonal", "match_pretrained"}
     assert set(REGULARIZERS) == (public - helpers) | {"none", "delta_attention"}
     assert set(objective.REGULARIZERS) == set(REGULARIZERS) == set(REG_WEIGHTS)
-    assert set(RULES) <= set(dtnh_jax.__all__)
+    ours = {"dtnh", "decoupled", "weighted_sum"}
+    assert set(RULES) == set(combination.RIVALS) | ours
 
 
 @pytest.mark.parametrize("regularizer", REGULARIZERS)
