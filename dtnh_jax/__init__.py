@@ -4,6 +4,7 @@ from importlib.metadata import version as _version
 
 from dtnh_jax import regularizers as regularizers
 from dtnh_jax._accumulation import accumulate_pairs as accumulate_pairs
+from dtnh_jax._bounded import bounded_dtnh as bounded_dtnh
 from dtnh_jax._decoupled import add_l2_sp as add_l2_sp
 from dtnh_jax._decoupled import decoupled as decoupled
 from dtnh_jax._gradients import GradientPair as GradientPair
@@ -36,6 +37,7 @@ __all__ = [
     "add_l2_sp",
     "agem",
     "bloop",
+    "bounded_dtnh",
     "cagrad",
     "config",
     "conflict_stats",

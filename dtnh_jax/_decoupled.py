@@ -138,6 +138,7 @@ def add_l2_sp(
     mode: Mode = "conflict",
     action: Action = "project",
     reference: Reference = "batch",
+    max_ratio: float | None = None,
     mask: Mask = None,
     diagnostics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -162,6 +163,9 @@ def add_l2_sp(
         mode: Likewise.
         action: Likewise.
         reference: As in [`dtnh`][dtnh_jax.dtnh], of the incoming update: `"batch"` is $u$ itself.
+        max_ratio: As in [`dtnh`][dtnh_jax.dtnh], of the incoming update: with `optax.trace(0.9)`
+            before it, `scope="layer"`, `action="gate"` and `max_ratio=1.0` it is
+            [`bounded_dtnh`][dtnh_jax.bounded_dtnh] for one that needs no momentum of its own.
         mask: As in [`dtnh`][dtnh_jax.dtnh].
         diagnostics: Likewise.
 
@@ -190,7 +194,7 @@ def add_l2_sp(
         (arXiv:1911.07489), for the projection.
     """
     choices = Choices(reg_weight, scope, mask, diagnostics, reference)
-    rule = pair_transformation(dtnh_rule(mode, action), choices)
+    rule = pair_transformation(dtnh_rule(mode, action, max_ratio), choices)
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any

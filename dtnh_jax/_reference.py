@@ -25,7 +25,7 @@ def init_reference(reference: Reference, params: PyTree, groups: Groups) -> Any:
     """The state of the reference: nothing for ``"batch"``, or the transformation's own."""
     if isinstance(reference, str):
         return optax.EmptyState()
-    return reference.init(_only_reached(params, groups))
+    return reference.init(only_reached(params, groups))
 
 
 def reference_leaves(
@@ -35,13 +35,13 @@ def reference_leaves(
     if isinstance(reference, str):
         return leaves_of(loss_grads), state
     if params is not None:
-        params = _only_reached(params, groups)
-    tree, state = reference.update(_only_reached(loss_grads, groups), state, params)
+        params = only_reached(params, groups)
+    tree, state = reference.update(only_reached(loss_grads, groups), state, params)
     return leaves_of(tree), state
 
 
-def _only_reached(tree: PyTree, groups: Groups) -> PyTree:
-    # What is in no group needs no state.
+def only_reached(tree: PyTree, groups: Groups) -> PyTree:
+    """``tree`` without the leaves that are in no group: what is kept of them needs no state."""
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_absent)
     kept = zip(leaves, groups.row_of_leaf, strict=True)
     return treedef.unflatten([optax.MaskedNode() if row is None else leaf for leaf, row in kept])

@@ -1,19 +1,26 @@
 """The rule of the project and its baseline."""
 
-from typing import Literal
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 
 from dtnh_jax import _weightings
+from dtnh_jax._gramian import Gramian
 from dtnh_jax._groups import Mask, Scope
 from dtnh_jax._reference import Reference
 from dtnh_jax._transform import Choices, RegWeight, Rule, pair_transformation
+from dtnh_jax._tree import is_array
+from dtnh_jax._weightings import Weights
 
 Mode = Literal["conflict", "orthogonal"]
-Action = Literal["project", "gate", "cosine"]
+Action = Literal["project", "gate", "cosine", "keep"]
 
 
-def dtnh_rule(mode: Mode, action: Action) -> Rule:
+def dtnh_rule(mode: Mode, action: Action, max_ratio: float | None = None) -> Rule:
     """The rule of :func:`dtnh` with these choices."""
     if mode not in ("conflict", "orthogonal"):
         raise ValueError(f"mode must be 'conflict' or 'orthogonal'; got {mode!r}.")
@@ -21,15 +28,39 @@ def dtnh_rule(mode: Mode, action: Action) -> Rule:
         "project": _weightings.project if mode == "conflict" else _weightings.orthogonal,
         "gate": _weightings.gate,
         "cosine": _weightings.cosine,
+        "keep": _weightings.weighted_sum,
     }
     if action not in actions:
-        raise ValueError(f"action must be 'project', 'gate' or 'cosine'; got {action!r}.")
+        raise ValueError(f"action must be 'project', 'gate', 'cosine' or 'keep'; got {action!r}.")
     if mode == "orthogonal" and action != "project":
         raise ValueError(
             f"mode='orthogonal' is a way to project; got it with action={action!r}, which acts on "
             "conflict alone. Leave out one of the two."
         )
-    return Rule(actions[action])
+    if max_ratio is None:
+        return Rule(actions[action])
+    check_max_ratio(max_ratio)
+
+    def weighting(gram: Gramian, reg_weight: jax.Array) -> Weights:
+        return _weightings.bounded(actions[action](gram, reg_weight), gram, max_ratio)
+
+    return Rule(weighting)
+
+
+def check_max_ratio(max_ratio: Any) -> None:
+    """Refuses what is no bound."""
+    if isinstance(max_ratio, Tracer):
+        return
+    if isinstance(max_ratio, bool) or not is_array(max_ratio) or jnp.ndim(max_ratio) != 0:
+        raise TypeError(
+            "max_ratio must be None or a number >= 0, the most that the regularizer's part may be "
+            f"as long as the reference; got {max_ratio!r}."
+        )
+    if not np.asarray(max_ratio) >= 0:
+        raise ValueError(
+            "max_ratio must be a number >= 0, the most that the regularizer's part may be as long "
+            f"as the reference; got {max_ratio!r}."
+        )
 
 
 def dtnh(
@@ -39,6 +70,7 @@ def dtnh(
     mode: Mode = "conflict",
     action: Action = "project",
     reference: Reference = "batch",
+    max_ratio: float | None = None,
     mask: Mask = None,
     diagnostics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -55,9 +87,9 @@ def dtnh(
     $\langle d,a\rangle = \lVert a\rVert^2 + \lambda\max(0, \langle a,b\rangle) \ge
     \lVert a\rVert^2$, in each group and so in total. The inequality is about the loss gradient
     of this mini-batch and about this direction: momentum, Adam and weight decay after it, and
-    the noise of the mini-batch, are outside it. `reference`, `action` and a finer `scope` are the
-    ways to a stronger rule; [`decoupled`][dtnh_jax.decoupled] takes the regularizer out of the
-    optimizer's momentum.
+    the noise of the mini-batch, are outside it. `max_ratio`, `action`, `reference` and a finer
+    `scope` are the ways to a stronger rule, and [`bounded_dtnh`][dtnh_jax.bounded_dtnh] the one to
+    take; [`decoupled`][dtnh_jax.decoupled] takes the regularizer out of the optimizer's momentum.
 
     The result is an optax transformation that turns a pair of gradients into one direction, to
     stand first in `optax.chain`. Its `update` takes the pair,
@@ -80,7 +112,8 @@ def dtnh(
         mode: `"conflict"` removes on conflict only, as above. `"orthogonal"` removes the
             component along $a$ always, $c$ for $c^-$, as the authors' published code does.
         action: What is done to $b$. `"project"`, as above; `"gate"` drops all of $b$ in a
-            group in conflict; `"cosine"` weighs $b$ by $\max(0, \cos(a, b))$.
+            group in conflict; `"cosine"` weighs $b$ by $\max(0, \cos(a, b))$; `"keep"` does
+            nothing, for `max_ratio` alone to act, or as a control.
         reference: What $b$ is held against, $r$ in the place of $a$ in $c^-$: `"batch"` is $a$
             itself. An optax transformation makes another one from $a$: `optax.ema(0.99)`, the
             mean over many batches, `optax.trace(0.9)`, the momentum of SGD,
@@ -88,6 +121,9 @@ def dtnh(
             promised, and the inequality above is not. It costs the transformation's state, for an
             average one tree of the size of params. With scope `"element"` it is for regularizers
             without noise, such as L2-SP: in the demo a slow average hurt distillation.
+        max_ratio: $\kappa \ge 0$: makes the regularizer's part of each group shorter where it is
+            longer than $\kappa\lVert r\rVert$, so that $\lVert d - a\rVert \le \kappa\lVert
+            r\rVert$ however large $\lambda$ is. `None`, as in the paper: no bound.
         mask: `None`, or a tree of booleans with the structure of params (one may stand for a
             subtree), or a function from params to it: `False` where the regularizer shall not
             act.
@@ -100,10 +136,11 @@ def dtnh(
         dtypes of `loss_grads`; inner products are taken in float32, or wider if a leaf is.
 
     Raises:
-        ValueError: If `reg_weight` is negative or NaN, or `scope`, `mode` or `action` unknown; at
-            `update`, if trees or shapes do not match, or the state is of other params.
-        TypeError: If `reference` is none; at `update`, if one tree comes where a pair is due,
-            `reg_grads` comes twice, or a leaf is an integer.
+        ValueError: If `reg_weight` or `max_ratio` is negative or NaN, or `scope`, `mode` or
+            `action` unknown; at `update`, if trees or shapes do not match, or the state is of
+            other params.
+        TypeError: If `reference` or `max_ratio` is none; at `update`, if one tree comes where a
+            pair is due, `reg_grads` comes twice, or a leaf is an integer.
 
     Examples:
         >>> import jax.numpy as jnp, optax, dtnh_jax
@@ -121,6 +158,14 @@ def dtnh(
         >>> print(direction)
         [-4.   1.1  1.1]
 
+        However large the weight, no more than as long as the loss gradient:
+
+        >>> bounded = dtnh_jax.dtnh(1e6, action="gate", max_ratio=1.0)
+        >>> pair = (jnp.array([3.0, 4.0]), jnp.array([0.0, 2.0]))
+        >>> direction, _ = bounded.update(pair, bounded.init(jnp.zeros(2)))
+        >>> print(direction)
+        [3. 9.]
+
     References:
         Wan, Xiong, Li, Zhu, Huan, *Towards Making Deep Transfer Learning Never Hurt*, ICDM 2019
         (arXiv:1911.07489); Xiong et al., *GrOD*, ACM TKDD 2022 (doi:10.1145/3530836). An average
@@ -128,7 +173,7 @@ def dtnh(
         Auxiliary Losses Using Gradient Similarity* (arXiv:1812.02224).
     """
     choices = Choices(reg_weight, scope, mask, diagnostics, reference)
-    return pair_transformation(dtnh_rule(mode, action), choices)
+    return pair_transformation(dtnh_rule(mode, action, max_ratio), choices)
 
 
 def weighted_sum(

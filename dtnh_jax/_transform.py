@@ -151,7 +151,7 @@ def changes_transformation(rule: Rule, choices: Choices) -> ChangesTransformatio
     ) -> tuple[list[list[jax.Array]], PairState]:
         groups = group_leaves(loss_grads, choices.scope, choices.mask)
         _check_initialised(_row_names(groups, n_measured), state)
-        reg_trees = _as_trees(reg_grads, len(weights)) if several else [reg_grads]
+        reg_trees = as_trees(reg_grads, len(weights)) if several else [reg_grads]
         each = [_matched(loss_grads, reg_tree, groups) for reg_tree in reg_trees]
         values = [w(state.count) if callable(w) else w for w in weights]
         if not rule.one_by_one and several:
@@ -268,7 +268,8 @@ def _as_weights(reg_weight: RegWeight) -> list[Weight]:
     return weights
 
 
-def _as_trees(reg_grads: PyTree, n_weights: int) -> list[PyTree]:
+def as_trees(reg_grads: PyTree, n_weights: int) -> list[PyTree]:
+    """The trees of several regularizers, one for each weight."""
     if not isinstance(reg_grads, tuple | list) or len(reg_grads) != n_weights:
         got = (
             f"{type(reg_grads).__name__} of {len(reg_grads)}"

@@ -55,6 +55,21 @@ def cosine(gram: Gramian, reg_weight: jax.Array) -> Weights:
     return Weights(jnp.zeros_like(reg), reg * kept)
 
 
+def bounded(weights: Weights, gram: Gramian, max_ratio: jax.typing.ArrayLike) -> Weights:
+    """``d - a`` made shorter where it is longer than ``max_ratio ‖r‖``."""
+    # Relative to the larger part, so that nothing is squared that could overflow.
+    shift = jnp.abs(weights.ref_shift) * jnp.sqrt(gram.ref_sq)
+    reg = jnp.abs(weights.reg) * jnp.sqrt(gram.reg_sq)
+    largest = jnp.maximum(shift, reg)
+    cos = ratio(gram.inner, jnp.sqrt(gram.ref_sq) * jnp.sqrt(gram.reg_sq))
+    cos = cos * jnp.sign(weights.ref_shift) * jnp.sign(weights.reg)
+    shift, reg = ratio(shift, largest), ratio(reg, largest)
+    length = largest * jnp.sqrt(jnp.maximum(shift**2 + 2 * cos * shift * reg + reg**2, 0))
+    limit = jnp.asarray(max_ratio, length.dtype) * (gram.ref_scale * jnp.sqrt(gram.ref_sq))
+    kept = jnp.where(length > limit, ratio(limit, length), 1)
+    return Weights(kept * weights.ref_shift, kept * weights.reg)
+
+
 def dynamic_barrier(gram: Gramian, reg_weight: jax.Array) -> Weights:
     """``d = a + λ (b - min(c, 1/λ) a)``, ``c = ⟨a,b⟩ / ‖a‖²``."""
     reg = reg_weight * gram.reg_scale

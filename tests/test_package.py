@@ -25,6 +25,7 @@ ROOMS = [
     "_stats",
     "_transform",
     "_rules",
+    "_bounded",
     "_rivals",
     "regularizers._batch",
     "regularizers._weights",

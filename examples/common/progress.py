@@ -8,10 +8,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[], None]]:
-    """Shows how many of ``total`` steps are done; yields what to call after each."""
+def progress(total: int, title: str = "Training steps") -> Iterator[Callable[[], None]]:
+    """Shows how many of ``total`` things are done; yields what to call after each."""
     console = Console()
-    columns = TextColumn("Training steps"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total)
 
@@ -19,6 +19,6 @@ def progress(total: int) -> Iterator[Callable[[], None]]:
             bar.advance(task)
             done = int(bar.tasks[0].completed)
             if not console.is_terminal and done * 10 // total > (done - 1) * 10 // total:
-                console.print(f"Training steps: {done} of {total}")
+                console.print(f"{title}: {done} of {total}")
 
         yield advance

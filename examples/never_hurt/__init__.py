@@ -1,0 +1,1 @@
+"""Does regularized transfer ever hurt? A grid of sources, targets, regularizers, rules, weights."""

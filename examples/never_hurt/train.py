@@ -1,0 +1,304 @@
+"""One cell from beginning to end, or several that differ in numbers alone at once."""
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import dtnh_jax
+from examples.common import resnet
+from examples.common.pretrained import Pretrained
+from examples.common.resnet import Network, Output, ResNetConfig
+from examples.finetune import objective
+from examples.finetune.config import REG_WEIGHTS, TransferConfig
+from examples.finetune.objective import REGULARIZERS, Estimates, Situation
+from examples.never_hurt import batches, sources
+from examples.never_hurt.batches import Plan
+from examples.never_hurt.cell import NONE, Cell, Result
+from examples.never_hurt.images import Splits
+from examples.never_hurt.rules import RULES, Setting, leaves_reached
+
+QUARTERS = 4
+
+
+class Program(NamedTuple):
+    """What is compiled once: cells that share it differ in numbers alone."""
+
+    regularizer: str
+    rule: str
+    steps: int
+    source: ResNetConfig
+    model: ResNetConfig
+
+
+class Task(NamedTuple):
+    """The numbers of a cell: arrays and scalars.
+
+    Attributes:
+        images: All training images, ``(n, size, size, 3)``, uint8.
+        labels: Their labels, ``(n,)``.
+        source: The network that training starts from, with its own head.
+        reg_weight: λ.
+        learning_rate: At the beginning.
+    """
+
+    images: Any
+    labels: Any
+    source: Network
+    reg_weight: Any
+    learning_rate: Any
+
+
+class State(NamedTuple):
+    """What changes in training."""
+
+    network: Network
+    opt_state: Any
+
+
+class _Conflict(NamedTuple):
+    per_group: dtnh_jax.Conflict
+    total: dtnh_jax.Conflict
+
+
+class Measured(NamedTuple):
+    """What a step leaves behind: of the batch, and by layer where there is a regularizer."""
+
+    loss: jax.Array
+    accuracy: jax.Array
+    conflict: _Conflict | None
+
+
+class Prepared(NamedTuple):
+    """A cell with everything that it needs."""
+
+    cell: Cell
+    source: Pretrained
+    splits: Splits
+
+
+def has_head(regularizer: str) -> bool:
+    """Whether a regularizer looks at what the source's own head says."""
+    return regularizer in ("distillation", "logit_matching", "label_smoothing")
+
+
+def run(prepared: Sequence[Prepared]) -> list[Result]:
+    """Runs cells of one program; more than one by `jax.vmap`, as one.
+
+    Args:
+        prepared: The cells. They share regularizer, rule, shapes and steps.
+
+    Returns:
+        Their results, in the same order.
+
+    Raises:
+        ValueError: If they are not of one program.
+    """
+    [*programs] = {program_of(each) for each in prepared}
+    if len(programs) != 1:
+        raise ValueError("Cells that run at once must share regularizer, rule, shapes and steps.")
+    [program] = programs
+    together = len(prepared) > 1
+    lanes = [_start(program, each) for each in prepared]
+    task, state, plan = _stack(lanes) if together else lanes[0]
+    step = _step_of_many if together else _step_of_one
+    state, first = step(program, state, task, _at(plan, 0, together))  # compiles
+    jax.block_until_ready(state)
+    started = time.perf_counter()
+    measured = [first]
+    for i in range(1, program.steps):
+        state, of_step = step(program, state, task, _at(plan, i, together))
+        measured.append(of_step)
+    history = jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *measured)
+    seconds = (time.perf_counter() - started) / len(prepared)
+    results = []
+    for lane, each in enumerate(prepared):
+        pick = (lambda x, lane=lane: x[lane]) if together else (lambda x: x)
+        past = (lambda x, lane=lane: x[:, lane]) if together else (lambda x: x)
+        network = jax.tree.map(pick, state.network)
+        results.append(_result(program, each, network, jax.tree.map(past, history), seconds))
+    return results
+
+
+def program_of(prepared: Prepared) -> Program:
+    """What a cell compiles to."""
+    cell, source, splits = prepared
+    # Sources differ in their heads: where no one looks at those, they share a program.
+    n_classes = source.config.n_classes if has_head(cell.regularizer) else 1
+    return Program(
+        cell.regularizer,
+        cell.rule,
+        cell.steps,
+        replace(source.config, n_classes=n_classes),
+        ResNetConfig(cell.architecture, splits.n_classes),
+    )
+
+
+def _start(program: Program, prepared: Prepared) -> tuple[Task, State, Plan]:
+    cell, source, splits = prepared
+    weight = 0.0 if cell.regularizer == NONE else cell.strength * REG_WEIGHTS[cell.regularizer]
+    network = source.network
+    if not has_head(cell.regularizer):
+        network = _with_head(network, program.source)
+    task = Task(
+        jnp.asarray(splits.train.images),
+        jnp.asarray(splits.train.labels),
+        network,
+        jnp.float32(weight),
+        jnp.float32(cell.learning_rate),
+    )
+    head = resnet.init_head(program.model, cell.seed)
+    network = source.network._replace(params=source.network.params | {"head": head})
+    optimizer = make_optimizer(program, task)
+    n = len(splits.train.labels)
+    plan = batches.draw(n, cell.image_size, cell.batch_size, cell.steps, (cell.seed, cell.order))
+    return task, State(network, optimizer.init(network.params)), plan
+
+
+def make_optimizer(program: Program, task: Task) -> optax.GradientTransformationExtraArgs:
+    """From a pair of gradients to updates."""
+    reached = jax.eval_shape(
+        lambda: (
+            _gradients(program, _with_head(task.source, program.model), task, _one_view())[
+                1
+            ].reg_grads
+        )
+    )
+    params = _with_head(task.source, program.model).params
+    rate = optax.cosine_decay_schedule(1.0, program.steps)
+    return RULES[program.rule](
+        Setting(
+            task.reg_weight,
+            lambda count: task.learning_rate * rate(count),
+            leaves_reached(params, reached),
+        )
+    )
+
+
+def _with_head(network: Network, config: ResNetConfig) -> Network:
+    """The network with a head of zeros of the shape of ``config``."""
+    kernel = jnp.zeros((config.last_width, config.n_classes))
+    head = {"kernel": kernel, "bias": jnp.zeros(config.n_classes)}
+    return network._replace(params=network.params | {"head": head})
+
+
+def _one_view() -> Plan:
+    return Plan(jnp.zeros(2, jnp.int32), jnp.zeros(2, bool), jnp.zeros((2, 2), jnp.int32))
+
+
+def _step(program: Program, state: State, task: Task, plan: Plan) -> tuple[State, Measured]:
+    optimizer = make_optimizer(program, task)
+    ((loss, _), output), pair = _gradients(program, state.network, task, plan)
+    params = state.network.params
+    updates, opt_state = optimizer.update(pair, state.opt_state, params)
+    network = Network(optax.apply_updates(params, updates), output.batch_stats)
+    right = jnp.argmax(output.logits, axis=-1) == task.labels[plan.index]
+    conflict = None
+    if program.regularizer != NONE:
+        stats = dtnh_jax.conflict_stats(opt_state)
+        conflict = _Conflict(stats.per_group, stats.total)
+    return State(network, opt_state), Measured(loss, jnp.mean(right), conflict)
+
+
+_step_of_one = jax.jit(_step, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _step_of_many(program: Program, state: State, task: Task, plan: Plan) -> Any:
+    return jax.vmap(functools.partial(_step, program))(state, task, plan)
+
+
+def _gradients(program: Program, network: Network, task: Task, plan: Plan) -> Any:
+    images = batches.views(task.images, plan)
+    labels = task.labels[plan.index]
+    source = objective.Source(task.source, Estimates())
+    transfer = _transfer(program)
+    needs_teacher = program.regularizer not in (NONE, "l2", "l2_sp", "batch_spectral_shrinkage")
+    teacher = (
+        resnet.apply(program.source, task.source, images, train=False) if needs_teacher else None
+    )
+
+    @functools.partial(dtnh_jax.value_and_gradient_pair, has_aux=True)
+    def both(params: Any) -> Any:
+        output = resnet.apply(program.model, network._replace(params=params), images, train=True)
+        loss = objective.cross_entropy(output.logits, labels, 0.0)
+        reg = REGULARIZERS[program.regularizer](
+            Situation(
+                params=params,
+                output=output,
+                predict=_no_predictions,
+                teacher=teacher,  # type: ignore[arg-type]
+                source=source,
+                images=images,
+                labels=labels,
+                epsilon=jnp.zeros(3),
+                key=jax.random.key(0),
+                config=transfer,
+            )
+        )
+        return (loss, reg), Output(output.logits, {}, output.batch_stats)
+
+    return both(network.params)
+
+
+def _transfer(program: Program) -> TransferConfig:
+    blank = TransferConfig(regularizer=program.regularizer)  # type: ignore[arg-type]
+    features = objective.resolve_features(blank, program.model)
+    return TransferConfig(regularizer=program.regularizer, features=features)  # type: ignore[arg-type]
+
+
+def _no_predictions(images: jax.Array) -> jax.Array:
+    raise NotImplementedError("Regularizers of inputs are not part of this experiment.")
+
+
+def _result(
+    program: Program, prepared: Prepared, network: Network, history: Measured, seconds: float
+) -> Result:
+    cell, _, splits = prepared
+    last = max(1, cell.steps // 10)
+    conflict, removed = {}, []
+    if history.conflict is not None:
+        names = layer_names(program, prepared)
+        by_layer = _by_quarter(history.conflict.per_group.conflict)
+        conflict = {name: _rounded(row, 2) for name, row in zip(names, by_layer, strict=True)}
+        removed = _rounded(_by_quarter(history.conflict.total.removed), 3)
+    return Result(
+        cell=cell,
+        validation=round(sources.accuracy(program.model, network, splits.validation), 5),
+        test=round(sources.accuracy(program.model, network, splits.test), 5) if cell.test else None,
+        train_accuracy=round(float(np.mean(history.accuracy[-last:])), 4),
+        train_loss=round(float(np.mean(history.loss[-last:])), 4),
+        conflict=conflict,
+        removed=removed,
+        seconds=round(seconds, 3),
+    )
+
+
+def layer_names(program: Program, prepared: Prepared) -> tuple[str, ...]:
+    """The groups of a rule's diagnostics."""
+    _, state, _ = _start(program, prepared)
+    return dtnh_jax.conflict_stats(state.opt_state).groups
+
+
+def _by_quarter(of_steps: np.ndarray) -> np.ndarray:
+    """Means over the quarters of training: ``(steps, ...)`` becomes ``(..., quarters)``."""
+    quarters = np.array_split(np.asarray(of_steps, np.float64), QUARTERS)
+    return np.stack([quarter.mean(axis=0) for quarter in quarters], axis=-1)
+
+
+def _rounded(values: np.ndarray, digits: int) -> list[float]:
+    return [round(value, digits) for value in values.tolist()]
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves]), *trees)
+
+
+def _at(plan: Plan, step: int, together: bool) -> Plan:
+    return jax.tree.map(lambda x: x[:, step] if together else x[step], plan)
