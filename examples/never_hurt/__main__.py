@@ -1,6 +1,7 @@
 """Reads the command line: `python -m examples.never_hurt run --help`, and `report --help`."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from examples.never_hurt import report, runner, store
+from examples.never_hurt.cell import Cell
 from examples.never_hurt.grids import GRIDS, Grid
 from examples.never_hurt.runner import Places, WorkerError
 
@@ -21,7 +23,7 @@ class Run:
     data: Path
     """Has a folder of images for each data set: data/flowers17/train/<class>/*.jpg and so on."""
     results: Path
-    """The file of results, one line of JSON for each cell. It is added to."""
+    """Where results go: GRID.jsonl, a line for each cell, is added to; and sources/, networks."""
     grid: str = "small"
     """Which grid."""
     smoke: bool = False
@@ -44,12 +46,12 @@ class Run:
 class Report:
     """Makes every table and figure from files of results."""
 
-    results: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Files of results, plain or .gz."""
+    results: Annotated[Path, tyro.conf.Positional]
+    """Has the results of each grid, GRID.jsonl or GRID.jsonl.gz."""
     out: Path = Path("results/never_hurt")
     """Where tables and figures go."""
     page: Path | None = None
-    """A Markdown page whose tables are renewed, between its markers."""
+    """A Markdown page whose tables are renewed, and its figures in assets/ beside it."""
 
 
 def run(options: Run) -> None:
@@ -59,11 +61,15 @@ def run(options: Run) -> None:
     grid = GRIDS[options.grid]
     if options.smoke:
         grid = grid.smoke()
+    name = f"{options.grid}-smoke" if options.smoke else options.grid
     places = Places(
-        options.data, options.weights, options.results, options.results.parent / "sources"
+        options.data,
+        options.weights,
+        options.results / f"{name}.jsonl",
+        options.results / "sources",
     )
-    for name, cells in _stages(grid, options):
-        done = store.read(options.results)
+    for name, cells in _stages(grid, options, places.results):
+        done = store.read(places.results)
         missing = sum(cell.key not in done for cell in cells)
         print(f"{name}: {len(cells)} cells, {missing} of them to run")
         if options.dry_run:
@@ -77,10 +83,11 @@ def run(options: Run) -> None:
         )
 
 
-def _stages(grid: Grid, options: Run):
+def _stages(grid: Grid, options: Run, results: Path) -> Iterator[tuple[str, list[Cell]]]:
+    """What is run one after another, each named."""
     yield "Learning rates", grid.tuning()
     which, of = options.share
-    cells = grid.cells(store.read(options.results))
+    cells = grid.cells(store.read(results))
     yield (
         "Cells",
         [

@@ -33,6 +33,10 @@ PER_CLASS: Mapping[str, int | None] = {
 """Targets, and how many images a class they are learnt from."""
 
 
+PLAIN_RUNS = 4
+"""Plain runs of each source, target and seed, which differ in the order of their batches."""
+
+
 @dataclass(frozen=True)
 class Part:
     """Every regularizer with every rule and strength, from every source to every target."""
@@ -98,8 +102,8 @@ class Grid:
         for part in self.parts:
             for source, target, seed in itertools.product(part.sources, part.targets, part.seeds):
                 plain = self._plain(source, target, seed, rates[source, target])
-                # The same with other batches: how much chance does.
-                cells |= dict.fromkeys((plain, replace(plain, order=1)))
+                # Other batches too: what is compared with shall not be one lucky run.
+                cells |= dict.fromkeys(replace(plain, order=order) for order in range(PLAIN_RUNS))
                 for regularizer, rule, strength in itertools.product(
                     part.regularizers, part.rules, part.strengths
                 ):

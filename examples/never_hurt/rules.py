@@ -119,8 +119,3 @@ RULES: Mapping[str, Callable[[Setting], Optimizer]] = {
     "momenta_element": instead_of_momentum(scope="element"),
     "placebo": placebo,
 }
-
-
-def leaves_reached(params: Any, reg_grads: Any) -> Mask:
-    """True where the regularizer has a gradient."""
-    return jax.tree.map(lambda _, reg: reg is not None, params, reg_grads)

@@ -22,7 +22,7 @@ from examples.never_hurt import batches, sources
 from examples.never_hurt.batches import Plan
 from examples.never_hurt.cell import NONE, Cell, Result
 from examples.never_hurt.images import Splits
-from examples.never_hurt.rules import RULES, Setting, leaves_reached
+from examples.never_hurt.rules import RULES, Setting
 
 QUARTERS = 4
 
@@ -117,12 +117,14 @@ def run(prepared: Sequence[Prepared]) -> list[Result]:
         measured.append(of_step)
     history = jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *measured)
     seconds = (time.perf_counter() - started) / len(prepared)
+    has_regularizer = program.regularizer != NONE
+    names = dtnh_jax.conflict_stats(state.opt_state).groups if has_regularizer else ()
     results = []
     for lane, each in enumerate(prepared):
         pick = (lambda x, lane=lane: x[lane]) if together else (lambda x: x)
         past = (lambda x, lane=lane: x[:, lane]) if together else (lambda x: x)
         network = jax.tree.map(pick, state.network)
-        results.append(_result(program, each, network, jax.tree.map(past, history), seconds))
+        results.append(_result(program, each, network, jax.tree.map(past, history), names, seconds))
     return results
 
 
@@ -163,22 +165,25 @@ def _start(program: Program, prepared: Prepared) -> tuple[Task, State, Plan]:
 
 def make_optimizer(program: Program, task: Task) -> optax.GradientTransformationExtraArgs:
     """From a pair of gradients to updates."""
-    reached = jax.eval_shape(
-        lambda: (
-            _gradients(program, _with_head(task.source, program.model), task, _one_view())[
-                1
-            ].reg_grads
-        )
-    )
-    params = _with_head(task.source, program.model).params
     rate = optax.cosine_decay_schedule(1.0, program.steps)
     return RULES[program.rule](
-        Setting(
-            task.reg_weight,
-            lambda count: task.learning_rate * rate(count),
-            leaves_reached(params, reached),
-        )
+        Setting(task.reg_weight, lambda count: task.learning_rate * rate(count), _mask(program))
     )
+
+
+@functools.cache
+def _mask(program: Program) -> Any:
+    """Which parameters the regularizer reaches, as a tree of booleans."""
+
+    def both() -> tuple[Any, Any]:
+        source = resnet.init(program.source, 0)
+        task = Task(jnp.zeros((1, 16, 16, 3), jnp.uint8), jnp.zeros(1, jnp.int32), source, 0.0, 0.0)
+        network = _with_head(source, program.model)
+        plan = Plan(jnp.zeros(2, jnp.int32), jnp.zeros(2, bool), jnp.zeros((2, 2), jnp.int32))
+        return network.params, _gradients(program, network, task, plan)[1].reg_grads
+
+    params, reg_grads = jax.eval_shape(both)
+    return jax.tree.map(lambda _, reg: reg is not None, params, reg_grads)
 
 
 def _with_head(network: Network, config: ResNetConfig) -> Network:
@@ -186,10 +191,6 @@ def _with_head(network: Network, config: ResNetConfig) -> Network:
     kernel = jnp.zeros((config.last_width, config.n_classes))
     head = {"kernel": kernel, "bias": jnp.zeros(config.n_classes)}
     return network._replace(params=network.params | {"head": head})
-
-
-def _one_view() -> Plan:
-    return Plan(jnp.zeros(2, jnp.int32), jnp.zeros(2, bool), jnp.zeros((2, 2), jnp.int32))
 
 
 def _step(program: Program, state: State, task: Task, plan: Plan) -> tuple[State, Measured]:
@@ -258,13 +259,17 @@ def _no_predictions(images: jax.Array) -> jax.Array:
 
 
 def _result(
-    program: Program, prepared: Prepared, network: Network, history: Measured, seconds: float
+    program: Program,
+    prepared: Prepared,
+    network: Network,
+    history: Measured,
+    names: Sequence[str],
+    seconds: float,
 ) -> Result:
     cell, _, splits = prepared
     last = max(1, cell.steps // 10)
     conflict, removed = {}, []
     if history.conflict is not None:
-        names = layer_names(program, prepared)
         by_layer = _by_quarter(history.conflict.per_group.conflict)
         conflict = {name: _rounded(row, 2) for name, row in zip(names, by_layer, strict=True)}
         removed = _rounded(_by_quarter(history.conflict.total.removed), 3)
@@ -278,12 +283,6 @@ def _result(
         removed=removed,
         seconds=round(seconds, 3),
     )
-
-
-def layer_names(program: Program, prepared: Prepared) -> tuple[str, ...]:
-    """The groups of a rule's diagnostics."""
-    _, state, _ = _start(program, prepared)
-    return dtnh_jax.conflict_stats(state.opt_state).groups
 
 
 def _by_quarter(of_steps: np.ndarray) -> np.ndarray:
