@@ -217,9 +217,17 @@ GRIDS: Mapping[str, Grid] = {
                 ("caltech101", "cifar10", "scene15"),
                 TRANSFER,
                 ("weighted_sum", "dtnh_layer", "gradient_cosine", "gate", "bounded_dtnh"),
-                STRENGTHS,
+                STRENGTHS[1:],
                 (0, 1, 2),
-            )
+            ),
+            Part(
+                SOURCES,
+                ("caltech101", "cifar10", "scene15"),
+                TRANSFER,
+                ("weighted_sum", "dtnh_layer", "bounded_dtnh"),
+                STRENGTHS[:1],
+                (0, 1, 2),
+            ),
         ]
     ),
     # What was tried before the rule was chosen; it sees no test image.
@@ -230,13 +238,13 @@ GRIDS: Mapping[str, Grid] = {
                 ("caltech101", "cifar10"),
                 TRANSFER,
                 ("weighted_sum", "dtnh_layer", "gate", "bounded_dtnh", *VARIANTS),
-                (1.0, 100.0),
+                (100.0,),
                 (0, 1),
             )
         ],
         test=False,
     ),
-    # Every rule and every regularizer, on fewer targets.
+    # Every rule, and every regularizer of features, on fewer pairs.
     "wide": Grid(
         [
             Part(
@@ -244,8 +252,8 @@ GRIDS: Mapping[str, Grid] = {
                 ("cifar10",),
                 TRANSFER,
                 ("weighted_sum", "dtnh_layer", "gradient_cosine", "gate", "bounded_dtnh", *RIVALS),
-                (1.0, 10.0, 100.0),
-                (0, 1, 2),
+                (1.0, 100.0),
+                (0, 1),
             ),
             Part(
                 ("tinyimagenet", "medmnist"),
@@ -258,7 +266,7 @@ GRIDS: Mapping[str, Grid] = {
                 ),
                 ("weighted_sum", "dtnh_layer", "bounded_dtnh"),
                 (1.0, 100.0),
-                (0, 1, 2),
+                (0, 1),
             ),
         ]
     ),
@@ -267,7 +275,7 @@ GRIDS: Mapping[str, Grid] = {
         [
             Part(
                 ("cifar10_resnet20.safetensors",),
-                ("caltech101", "scene15", "flowers17"),
+                ("caltech101", "scene15"),
                 TRANSFER,
                 ("weighted_sum", "dtnh_layer", "bounded_dtnh"),
                 (1.0, 100.0),
