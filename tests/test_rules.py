@@ -312,7 +312,7 @@ def test_every_action_never_hurts(action, scope, seed):
 
 
 def test_wrong_actions():
-    with pytest.raises(ValueError, match="'project', 'gate' or 'cosine'; got 'drop'"):
+    with pytest.raises(ValueError, match="'cosine' or 'keep'; got 'drop'"):
         dtnh_jax.dtnh(0.1, action="drop")
     with pytest.raises(ValueError, match="mode='orthogonal' is a way to project"):
         dtnh_jax.dtnh(0.1, mode="orthogonal", action="gate")
