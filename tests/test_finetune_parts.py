@@ -184,7 +184,7 @@ def test_frozen_batch_norm_keeps_its_averages(tasks):
         assert all(np.array_equal(*pair) == same for pair in pairs)
 
 
-@pytest.mark.parametrize("rule", ["dtnh", "decoupled"])
+@pytest.mark.parametrize("rule", ["bounded_dtnh", "dtnh", "decoupled"])
 def test_micro_batches_are_one_step(tasks, rule):
     # Without batch norm's statistics, two micro-batches of the same images are those images.
     common = ("--rule", rule, "--frozen-batch-norm", "--freeze", "conv1")
@@ -227,6 +227,39 @@ def test_clipping_comes_after_the_rule():
     pair = dtnh_jax.GradientPair({"w": jnp.array([3.0, 0.0])}, {"w": jnp.array([0.0, 4.0])})
     updates, _ = tx.update(pair, tx.init(params), params)
     np.testing.assert_allclose(updates["w"], [-0.6, -0.8], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_without_a_regularizer_every_rule_is_the_optimizer(name, nesterov, standard_promotion):
+    """Weight decay, momentum and the head's rate come where they come in plain training."""
+    training = TrainingConfig(
+        optimizer=name, nesterov=nesterov, weight_decay=0.1, head_learning_rate=3.0, steps=5
+    )
+    params = {"kernel": jnp.ones((2, 2)), "head": {"kernel": jnp.ones((2, 3))}}
+    moved = []
+    for rule in ("weighted_sum", "bounded_dtnh"):
+        tx = optimizer.make_optimizer(TransferConfig(rule=rule, reg_weight=0.0), training)
+        state, of_rule = tx.init(params), []
+        for step in range(3):
+            grads = optax.tree.random_like(jax.random.key(step), params)
+            updates, state = tx.update(dtnh_jax.GradientPair(grads, grads), state, params)
+            of_rule.append(updates)
+        moved.append(of_rule)
+    for one, other in zip(*moved, strict=True):
+        assert relative_error(one, other) < 1e-6
+
+
+def test_the_longest_regularizer():
+    params = {"kernel": jnp.zeros((1, 2))}
+    pair = dtnh_jax.GradientPair({"kernel": jnp.array([[0.0, 1.0]])}, {"kernel": jnp.ones((1, 2))})
+    training = TrainingConfig(learning_rate=1.0, schedule="constant")
+    for max_ratio, length in ((None, 1.0), (0.5, 0.5), (0.0, 0.0)):
+        transfer = TransferConfig(reg_weight=1e3, max_ratio=max_ratio)
+        tx = optimizer.make_optimizer(transfer, training)
+        updates, _ = tx.update(pair, tx.init(params), params)
+        added = np.asarray(-updates["kernel"] - pair.loss_grads["kernel"])
+        assert np.linalg.norm(added) == pytest.approx(length, rel=1e-5)
 
 
 def test_learning_rates():
@@ -304,6 +337,8 @@ def test_meshes():
         ({"reg_weight": -1.0}, "reg_weight must not be negative"),
         ({"rule": "bloop", "action": "gate"}, "action: a choice of the rules dtnh and decoupled"),
         ({"reference_decay": 1.0}, "reference_decay"),
+        ({"rule": "pcgrad", "max_ratio": 1.0}, "max_ratio: a choice of the rules dtnh and bounded"),
+        ({"max_ratio": -1.0}, "max_ratio must not be negative"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"mesh": "two"}, "mesh must be"),
         ({"prefetch": 0}, "prefetch must be"),

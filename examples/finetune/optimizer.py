@@ -20,7 +20,8 @@ def make_optimizer(
     """From a pair of gradients to updates of the parameters.
 
     The order is: micro-batches, rule, clipping, weight decay, momentum, learning rate. With
-    ``decoupled`` the loss's gradient alone goes all the way, and the regularizer's step is added.
+    ``decoupled`` the loss's gradient alone goes all the way, and the regularizer's step is added;
+    ``bounded_dtnh`` has a momentum for each gradient, and stands between it and the clipping.
 
     Args:
         transfer: Which rule.
@@ -48,6 +49,8 @@ def make_optimizer(
             reference=_reference(transfer),
             mask=mask,
         )
+    elif transfer.rule == "bounded_dtnh":
+        optimizer = _bounded(transfer, training, mask)
     else:
         optimizer = optax.chain(_rule(transfer, mask), after)
     if training.accumulate > 1:
@@ -117,6 +120,7 @@ def _rule(transfer: TransferConfig, mask: Params) -> Optimizer:
             mode=transfer.mode,
             action=transfer.action,
             reference=_reference(transfer),
+            max_ratio=transfer.max_ratio,
             mask=mask,
         )
     rule = getattr(dtnh_jax, transfer.rule)
@@ -127,19 +131,60 @@ def _reference(transfer: TransferConfig) -> Any:
     return optax.ema(transfer.reference_decay) if transfer.reference_decay else "batch"
 
 
-def _after_the_rule(training: TrainingConfig) -> optax.GradientTransformation:
-    links = []
-    if training.clip_norm is not None:
-        links.append(optax.clip_by_global_norm(training.clip_norm))
-    decay = optax.add_decayed_weights(training.weight_decay, mask=_is_kernel)
+def _bounded(transfer: TransferConfig, training: TrainingConfig, mask: Params) -> Optimizer:
+    rule = dtnh_jax.bounded_dtnh(
+        transfer.weight,
+        each=_step_of_a_gradient(training),
+        scope=transfer.scope,
+        max_ratio=1.0 if transfer.max_ratio is None else transfer.max_ratio,
+        mask=mask,
+    )
+    clipping = [] if training.clip_norm is None else [_clipping(training.clip_norm)]
     if training.optimizer == "sgd":
-        links += [decay, optax.trace(training.momentum, nesterov=training.nesterov)]
+        links = [_of_the_loss(_decay(training)), rule, *clipping]
     else:
-        links += [optax.scale_by_adam(b1=training.momentum, nesterov=training.nesterov), decay]
-    links.append(optax.scale_by_learning_rate(learning_rate(training)))
+        links = [rule, *clipping, _decay(training)]
+    return optax.chain(*links, _rates(training))
+
+
+def _after_the_rule(training: TrainingConfig) -> optax.GradientTransformation:
+    links = [] if training.clip_norm is None else [_clipping(training.clip_norm)]
+    if training.optimizer == "sgd":
+        links += [_decay(training), _step_of_a_gradient(training)]
+    else:
+        links += [_step_of_a_gradient(training), _decay(training)]
+    return optax.chain(*links, _rates(training))
+
+
+def _clipping(norm: float) -> optax.GradientTransformation:
+    return optax.clip_by_global_norm(norm)
+
+
+def _decay(training: TrainingConfig) -> optax.GradientTransformation:
+    return optax.add_decayed_weights(training.weight_decay, mask=_is_kernel)
+
+
+def _step_of_a_gradient(training: TrainingConfig) -> optax.GradientTransformation:
+    if training.optimizer == "sgd":
+        return optax.trace(training.momentum, nesterov=training.nesterov)
+    return optax.scale_by_adam(b1=training.momentum, nesterov=training.nesterov)
+
+
+def _rates(training: TrainingConfig) -> optax.GradientTransformation:
+    links = [optax.scale_by_learning_rate(learning_rate(training))]
     if training.head_learning_rate != 1:
         links.append(optax.masked(optax.scale(training.head_learning_rate), _is_head))
     return optax.chain(*links)
+
+
+def _of_the_loss(link: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A link that acts on the loss's gradient of a pair alone."""
+
+    def update(updates: Any, state: Any, params: Params = None) -> tuple[Any, Any]:
+        loss_grads, state = link.update(updates.loss_grads, state, params)
+        return updates._replace(loss_grads=loss_grads), state
+
+    return optax.GradientTransformation(link.init, update)
 
 
 def _is_kernel(params: Params) -> Params:

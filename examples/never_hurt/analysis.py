@@ -10,7 +10,7 @@ from scipy import stats
 from examples.never_hurt.cell import NONE, Cell, Result
 
 LEVEL = 0.95
-RESAMPLES = 2000
+RESAMPLES = 5000
 WEIGHTED_SUM = "weighted_sum"
 
 
@@ -274,28 +274,27 @@ def _pooled(
 
 
 def bootstrap_mean(groups: Sequence[Sequence[np.ndarray]], seed: int = 0) -> Interval:
-    """The mean over groups, with an interval from resampling groups and then seeds.
+    """The mean over settings, with an interval from resampling pairs and then seeds.
 
     Args:
         groups: For each pair of source and target its settings, each with differences by seed.
         seed: Of the resampling.
 
     Returns:
-        The mean over all settings, and the percentile interval. What is drawn first are pairs:
-        settings of one pair stand and fall together.
+        The mean over all settings, and the percentile interval. What is drawn are pairs, and then
+        seeds of each: settings of one pair and seed share their plain runs, and fall together.
     """
     rng = np.random.default_rng(seed)
-    of_pairs = [np.stack([np.asarray(each) for each in group]) for group in groups]
-    means = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        drawn = []
-        for index in rng.integers(len(of_pairs), size=len(of_pairs)):
-            values = of_pairs[index]
-            # One draw of seeds for all settings of the pair, which share their plain runs.
-            drawn.append(values[:, rng.integers(values.shape[1], size=values.shape[1])].ravel())
-        means[i] = np.concatenate(drawn).mean()
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    whole = np.concatenate([values.ravel() for values in of_pairs]).mean()
+    of_seeds = np.stack([np.mean(np.stack(group), axis=0) for group in groups])  # (pairs, seeds)
+    sizes = np.array([len(group) for group in groups], float)
+    n_pairs, n_seeds = of_seeds.shape
+    pairs = rng.integers(n_pairs, size=(RESAMPLES, n_pairs))
+    seeds = rng.integers(n_seeds, size=(RESAMPLES, n_pairs, n_seeds))
+    means = of_seeds[pairs[:, :, None], seeds].mean(axis=2)
+    weights = sizes[pairs]
+    drawn = (means * weights).sum(axis=1) / weights.sum(axis=1)
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    whole = (of_seeds.mean(axis=1) * sizes).sum() / sizes.sum()
     return Interval(float(whole), float(low), float(high))
 
 

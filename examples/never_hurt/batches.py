@@ -1,7 +1,7 @@
 """Which images each step sees, and how each is augmented: drawn ahead, cut out on the device."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,14 @@ class Plan(NamedTuple):
     """The views of one step, or of all, with the steps as a first axis.
 
     Attributes:
-        index: ``(n,)``, int32: which image.
+        which: ``(n,)``, int32: the image.
         flip: ``(n,)``, bool: whether left and right are swapped.
         corner: ``(n, 2)``, int32: the corner of the crop in the padded image.
     """
 
-    index: jax.Array
-    flip: jax.Array
-    corner: jax.Array
+    which: Any
+    flip: Any
+    corner: Any
 
 
 def margin(image_size: int) -> int:
@@ -35,10 +35,10 @@ def draw(n_images: int, image_size: int, batch_size: int, steps: int, seed: Sequ
     rng = np.random.default_rng([*seed, 1])
     n = steps * batch_size
     epochs = [rng.permutation(n_images) for _ in range(-(-n // n_images))]
-    index = np.concatenate(epochs)[:n].astype(np.int32)
+    which = np.concatenate(epochs)[:n].astype(np.int32)
     flip = rng.random(n) < 0.5
     corner = rng.integers(2 * margin(image_size) + 1, size=(n, 2), dtype=np.int32)
-    return Plan(*(x.reshape(steps, batch_size, *x.shape[1:]) for x in (index, flip, corner)))
+    return Plan(*(x.reshape(steps, batch_size, *x.shape[1:]) for x in (which, flip, corner)))
 
 
 def views(images: jax.Array, plan: Plan) -> jax.Array:
@@ -53,7 +53,7 @@ def views(images: jax.Array, plan: Plan) -> jax.Array:
     """
     size = images.shape[1]
     side = margin(size)
-    padded = jnp.pad(images[plan.index], ((0, 0), (side, side), (side, side), (0, 0)))
+    padded = jnp.pad(images[plan.which], ((0, 0), (side, side), (side, side), (0, 0)))
 
     def cut(image: jax.Array, flip: jax.Array, corner: jax.Array) -> jax.Array:
         view = jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (size, size, 3))

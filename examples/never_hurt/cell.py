@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -38,7 +39,7 @@ class Cell:
     image_size: int = 16
     """Height and width of what the network sees, in pixels."""
     steps: int = 200
-    """Steps of SGD."""
+    """Steps of SGD, four at least: what is measured is told by quarters."""
     batch_size: int = 32
     """Images in a step."""
 
@@ -46,6 +47,10 @@ class Cell:
         # So that 1 and 1.0 are one setting, with one key.
         object.__setattr__(self, "strength", float(self.strength))
         object.__setattr__(self, "learning_rate", float(self.learning_rate))
+        for name, least in (("strength", 0), ("learning_rate", 0), ("steps", 4), ("batch_size", 1)):
+            value = getattr(self, name)
+            if not least <= value < math.inf:
+                raise ValueError(f"{name} must be a number from {least} on; got {value}.")
 
     @property
     def key(self) -> str:
@@ -68,7 +73,7 @@ class Result:
         validation: The accuracy on validation images after the last step, 0 to 1.
         test: The accuracy on test images, if they were looked at.
         train_accuracy: On the batches of the last tenth of training, as they were augmented.
-        train_loss: Likewise.
+        train_loss: Likewise; None if it was not finite.
         conflict: For each layer and each quarter of training the share of steps in which the two
             gradients, as the rule sees them, are in conflict; empty without a regularizer.
         removed: For each quarter of training the mean share of the regularizer's gradient that the
@@ -80,7 +85,7 @@ class Result:
     validation: float
     test: float | None
     train_accuracy: float
-    train_loss: float
+    train_loss: float | None
     conflict: Mapping[str, list[float]] = field(default_factory=dict)
     removed: list[float] = field(default_factory=list)
     seconds: float = 0.0

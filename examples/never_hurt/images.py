@@ -61,10 +61,12 @@ def read(
         split_seed=seed,
     )
     dataset = load(config)
-    splits = (
-        _decoded(split, config) for split in (dataset.train, dataset.validation, dataset.test)
+    return Splits(
+        train=_decoded(dataset.train, config),
+        validation=_decoded(dataset.validation, config),
+        test=_decoded(dataset.test, config),
+        n_classes=len(dataset.class_names),
     )
-    return Splits(*splits, len(dataset.class_names))
 
 
 def _decoded(source: Source, config: DataConfig) -> Images:

@@ -49,7 +49,7 @@ def make_tables(studies: Mapping[str, Study]) -> dict[str, Rows]:
     """All tables that the results at hand allow, by name."""
     made: dict[str, Rows] = {}
     if small := studies.get("small"):
-        compared = ("weighted_sum", PAPER, PREFERRED)
+        compared = [rule for rule in ("weighted_sum", PAPER, PREFERRED) if rule in small.rules]
         made["plain"] = tables.plain(small)
         made["verdicts"] = tables.verdicts(small)
         for regularizer in small.regularizers:

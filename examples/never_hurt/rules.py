@@ -69,11 +69,12 @@ def _noise() -> optax.GradientTransformation:
     def as_long(noise: jax.Array, leaf: jax.Array) -> jax.Array:
         return noise * (jnp.linalg.norm(leaf) / jnp.linalg.norm(noise))
 
-    def update(pair: Any, key: jax.Array, params: Any = None) -> tuple[Any, jax.Array]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        key, of_step = jax.random.split(key)
-        noise = optax.tree.random_like(of_step, pair.reg_grads)
-        return pair._replace(reg_grads=jax.tree.map(as_long, noise, pair.reg_grads)), key
+        state, key = jax.random.split(state)
+        noise = optax.tree.random_like(key, updates.reg_grads)
+        noise = jax.tree.map(as_long, noise, updates.reg_grads)
+        return updates._replace(reg_grads=noise), state
 
     return optax.GradientTransformation(lambda params: jax.random.PRNGKey(0), update)
 

@@ -133,7 +133,7 @@ def _sgd(pretraining: Pretraining, config: ResNetConfig, train_images: Images) -
                 train=True,
             )
             losses = optax.softmax_cross_entropy_with_integer_labels(
-                output.logits, everything.labels[views.index]
+                output.logits, everything.labels[views.which]
             )
             return losses.mean(), output.batch_stats
 

@@ -1,6 +1,7 @@
 """One cell from beginning to end, or several that differ in numbers alone at once."""
 
 import functools
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from numpy.typing import ArrayLike
 
 import dtnh_jax
 from examples.common import resnet
@@ -199,7 +201,7 @@ def _step(program: Program, state: State, task: Task, plan: Plan) -> tuple[State
     params = state.network.params
     updates, opt_state = optimizer.update(pair, state.opt_state, params)
     network = Network(optax.apply_updates(params, updates), output.batch_stats)
-    right = jnp.argmax(output.logits, axis=-1) == task.labels[plan.index]
+    right = jnp.argmax(output.logits, axis=-1) == task.labels[plan.which]
     conflict = None
     if program.regularizer != NONE:
         stats = dtnh_jax.conflict_stats(opt_state)
@@ -217,7 +219,7 @@ def _step_of_many(program: Program, state: State, task: Task, plan: Plan) -> Any
 
 def _gradients(program: Program, network: Network, task: Task, plan: Plan) -> Any:
     images = batches.views(task.images, plan)
-    labels = task.labels[plan.index]
+    labels = task.labels[plan.which]
     source = objective.Source(task.source, Estimates())
     transfer = _transfer(program)
     needs_teacher = program.regularizer not in (NONE, "l2", "l2_sp", "batch_spectral_shrinkage")
@@ -273,19 +275,20 @@ def _result(
         by_layer = _by_quarter(history.conflict.per_group.conflict)
         conflict = {name: _rounded(row, 2) for name, row in zip(names, by_layer, strict=True)}
         removed = _rounded(_by_quarter(history.conflict.total.removed), 3)
+    loss = float(np.mean(history.loss[-last:]))
     return Result(
         cell=cell,
         validation=round(sources.accuracy(program.model, network, splits.validation), 5),
         test=round(sources.accuracy(program.model, network, splits.test), 5) if cell.test else None,
         train_accuracy=round(float(np.mean(history.accuracy[-last:])), 4),
-        train_loss=round(float(np.mean(history.loss[-last:])), 4),
+        train_loss=round(loss, 4) if math.isfinite(loss) else None,
         conflict=conflict,
         removed=removed,
         seconds=round(seconds, 3),
     )
 
 
-def _by_quarter(of_steps: np.ndarray) -> np.ndarray:
+def _by_quarter(of_steps: ArrayLike) -> np.ndarray:
     """Means over the quarters of training: ``(steps, ...)`` becomes ``(..., quarters)``."""
     quarters = np.array_split(np.asarray(of_steps, np.float64), QUARTERS)
     return np.stack([quarter.mean(axis=0) for quarter in quarters], axis=-1)

@@ -1,0 +1,419 @@
+"""The experiment's cells, grids, file of results and runner, on images made here."""
+
+# ruff: noqa: E402 (the modules under test want the packages that are asked for first)
+
+import gzip
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict, fields, replace
+
+import jax
+import numpy as np
+import pytest
+
+for _package in (
+    "flax",
+    "grain",
+    "huggingface_hub",
+    "matplotlib",
+    "orbax.checkpoint",
+    "PIL",
+    "rich",
+    "safetensors",
+    "tensorboardX",
+    "tyro",
+):
+    pytest.importorskip(_package)
+
+from tiny_finetune import make_images
+
+from examples.finetune.config import REG_WEIGHTS
+from examples.finetune.objective import REGULARIZERS
+from examples.never_hurt import __main__ as command
+from examples.never_hurt import batches, grids, images, runner, sources, store, train
+from examples.never_hurt.cell import NONE, Cell, Result
+from examples.never_hurt.grids import FITTING, GRIDS, KINDS, PER_CLASS, UNFITTING, Grid, Part
+from examples.never_hurt.rules import RULES
+from examples.never_hurt.sources import Pretraining
+
+CELL = Cell(
+    source="random_weights",
+    target="colours",
+    regularizer="distillation",
+    rule="bounded_dtnh",
+    strength=1.0,
+    seed=0,
+    learning_rate=0.05,
+    images_per_class=6,
+    test=True,
+    image_size=8,
+    steps=4,
+    batch_size=8,
+)
+GRID = Grid(
+    [
+        Part(
+            sources=("random_weights",),
+            targets=("colours",),
+            regularizers=("l2_sp",),
+            rules=("bounded_dtnh",),
+            strengths=(1.0,),
+            seeds=(0,),
+        )
+    ],
+    learning_rates=(0.05,),
+    tuning_seeds=(0,),
+    image_size=8,
+    steps=4,
+    batch_size=8,
+    pretraining_steps=1,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data")
+    make_images(directory / "colours")
+    return directory
+
+
+@pytest.fixture
+def tiny_grid(monkeypatch):
+    monkeypatch.setitem(PER_CLASS, "colours", 6)
+    monkeypatch.setitem(GRIDS, "tiny", GRID)
+
+
+@pytest.fixture
+def standard(standard_promotion):
+    """Users' programs run like this."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def result(cell=CELL, **values):
+    known = {"validation": 0.5, "test": 0.25, "train_accuracy": 1.0, "train_loss": 0.1}
+    return Result(cell, **(known | values))
+
+
+def prepared(cell, data):
+    source = sources.obtain(
+        Pretraining(cell.source, cell.architecture, cell.image_size, steps=1),
+        data,
+        data / "kept",
+        None,
+    )
+    read = images.read(data, cell.target, cell.image_size, cell.images_per_class, cell.seed)
+    return train.Prepared(cell, source, read)
+
+
+# Cells
+
+
+def test_a_key_is_of_the_whole_config():
+    changed = {
+        "str": lambda value: value + "x",
+        "int": lambda value: value + 1,
+        "float": lambda value: value * 2,
+        "bool": lambda value: not value,
+    }
+    keys = {CELL.key}
+    for field in fields(Cell):
+        value = getattr(CELL, field.name)
+        keys.add(replace(CELL, **{field.name: changed[type(value).__name__](value)}).key)
+    assert len(keys) == 1 + len(fields(Cell))
+    assert replace(CELL, strength=1, learning_rate=0.05).key == CELL.key
+    # Results of other machines and days are found again by this.
+    assert CELL.key == "b41e5a736fa9ef2d"
+
+
+def test_plain_shares_all_but_the_regularizer():
+    assert CELL.plain == replace(CELL, regularizer=NONE, rule=NONE, strength=0.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("strength", -1.0), ("strength", math.nan), ("steps", 3), ("learning_rate", math.inf)],
+)
+def test_bad_cells(field, value):
+    with pytest.raises(ValueError, match=f"{field} must be a number from"):
+        replace(CELL, **{field: value})
+
+
+# Grids
+
+
+def test_the_small_grid_is_as_large_as_it_must_be():
+    part = GRIDS["small"].parts[0]
+    assert {KINDS[source] for source in part.sources} >= {FITTING, UNFITTING}
+    assert len(part.sources) >= 3
+    assert len(part.targets) >= 3
+    assert {"l2_sp", "distillation"} <= set(part.regularizers)
+    assert len(part.rules) >= 5
+    assert len(part.strengths) >= 4
+    assert len(part.seeds) >= 3
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_grids_name_what_there_is(name):
+    for part in GRIDS[name].parts:
+        assert set(part.rules) <= set(RULES)
+        assert set(part.regularizers) <= set(REGULARIZERS)
+        assert set(part.regularizers) <= set(REG_WEIGHTS)
+        assert set(part.sources) <= set(KINDS)
+        assert set(part.targets) <= set(PER_CLASS)
+
+
+def test_cells_of_a_grid():
+    grid = replace(
+        GRID,
+        parts=[
+            Part(
+                ("tinyimagenet", "medmnist"), ("dtd10",), ("l2_sp",), ("gate",), (1.0, 2.0), (0, 1)
+            )
+        ],
+        learning_rates=(0.01, 0.1),
+        tuning_seeds=(0, 1),
+    )
+    tuning = grid.tuning()
+    assert len(tuning) == 2 * 2 * 2
+    assert not any(cell.test for cell in tuning)
+    with pytest.raises(ValueError, match="cannot be chosen"):
+        grid.cells({})
+    results = {
+        cell.key: result(
+            cell,
+            # The second is better from one of the sources alone, on the mean of both seeds.
+            validation=(0.5 + 0.1 * cell.seed)
+            if cell.learning_rate == 0.01
+            else (0.9 - 0.5 * cell.seed if cell.source == "medmnist" else 0.3),
+        )
+        for cell in tuning
+    }
+    assert grid.chosen_rates(results) == {
+        ("tinyimagenet", "dtd10"): 0.01,
+        ("medmnist", "dtd10"): 0.1,
+    }
+    cells = grid.cells(results)
+    assert len(cells) == len(set(cells)) == 2 * 2 * (grids.PLAIN_RUNS + 2)
+    assert all(cell.test for cell in cells)
+    rates = {(cell.source, cell.learning_rate) for cell in cells}
+    assert rates == {("tinyimagenet", 0.01), ("medmnist", 0.1)}
+    assert sum(cell.regularizer == NONE for cell in cells) == 2 * 2 * grids.PLAIN_RUNS
+
+
+def test_smoke_is_small():
+    smoke = GRIDS["small"].smoke()
+    results = {cell.key: result(cell) for cell in smoke.tuning()}
+    assert len(results) == 1
+    assert len(smoke.cells(results)) == grids.PLAIN_RUNS + 4
+    assert smoke.steps == 4
+
+
+# The file of results
+
+
+def test_results_come_back(tmp_path):
+    path = tmp_path / "new" / "r.jsonl"
+    first = result(conflict={"conv1": [0.0, 1.0, 0.5, 0.5]}, removed=[0.1] * 4, train_loss=None)
+    other = result(replace(CELL, seed=1), test=None)
+    for each in (first, other, result(test=0.9)):
+        store.append(path, each)
+    assert store.read(path) == {CELL.key: first, other.cell.key: other}
+    packed = tmp_path / "r.jsonl.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert store.read(packed) == store.read(path)
+    assert store.read(tmp_path / "none.jsonl") == {}
+
+
+def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path):
+    path = tmp_path / "r.jsonl"
+    store.append(path, result())
+    with path.open("a") as file:
+        file.write(result(replace(CELL, seed=1)).to_json()[:50])
+    store.append(path, result(replace(CELL, seed=2)))
+    with pytest.warns(UserWarning, match=r"r.jsonl:2 is cut off"):
+        found = store.read(path)
+    assert [each.cell.seed for each in found.values()] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": "0" * 16}, "whose key is now"),
+        ({"cell": asdict(CELL) | {"colour": 1}}, "settings that cells do not have"),
+        ({"accuracy": 1.0}, "accuracy"),
+    ],
+)
+def test_lines_that_are_no_results(tmp_path, change, message):
+    path = tmp_path / "r.jsonl"
+    path.write_text(json.dumps(json.loads(result().to_json()) | change) + "\n")
+    with pytest.raises(ValueError, match=message):
+        store.read(path)
+
+
+# Batches
+
+
+def test_every_image_comes_once_before_any_comes_again():
+    plan = batches.draw(10, 16, 4, 5, (3, 0))
+    which = plan.which.ravel()
+    assert sorted(which[:10]) == sorted(which[10:]) == list(range(10))
+    again = batches.draw(10, 16, 4, 5, (3, 0))
+    np.testing.assert_array_equal(plan.which, again.which)
+    assert not np.array_equal(plan.which, batches.draw(10, 16, 4, 5, (3, 1)).which)
+
+
+@pytest.mark.usefixtures("standard")
+def test_views_are_crops_of_the_padded_image():
+    pixels = np.random.default_rng(0).integers(256, size=(3, 8, 8, 3), dtype=np.uint8)
+    plan = batches.draw(3, 8, 6, 1, (0, 0))
+    plan = jax.tree.map(lambda x: x[0], plan)
+    views = np.asarray(batches.views(jax.numpy.asarray(pixels), plan))
+    for view, which, flip, (top, left) in zip(views, *plan, strict=True):
+        padded = np.pad(pixels[which], ((1, 1), (1, 1), (0, 0)))
+        wanted = padded[top : top + 8, left : left + 8]
+        wanted = wanted[:, ::-1] if flip else wanted
+        wanted = (wanted / 255 - batches.MEAN) / batches.STD
+        np.testing.assert_allclose(view, wanted, atol=1e-6)
+    assert {*plan.flip} == {True, False}
+
+
+# Cells that are run
+
+
+@pytest.mark.usefixtures("standard")
+def test_cells_that_run_at_once_are_those_that_run_one_by_one(data):
+    cells = [replace(CELL, strength=strength) for strength in (0.0, 100.0)]
+    ready = [prepared(cell, data) for cell in cells]
+    one_by_one = [train.run([each])[0] for each in ready]
+    at_once = train.run(ready)
+    for one, other in zip(one_by_one, at_once, strict=True):
+        assert one.cell == other.cell
+        assert one.train_loss == pytest.approx(other.train_loss, rel=1e-3)
+        assert one.test == pytest.approx(other.test, abs=0.1)
+        assert one.conflict.keys() == other.conflict.keys()
+    again = train.run(ready[:1])[0]
+    assert replace(again, seconds=0.0) == replace(one_by_one[0], seconds=0.0)
+    assert one_by_one[1].test is not None
+    assert set(one_by_one[1].conflict) > {"conv1", "layer1/0/bn1", "layer3/0/conv2"}
+    assert all(len(quarters) == 4 for quarters in one_by_one[1].conflict.values())
+    with pytest.raises(ValueError, match="must share"):
+        train.run([ready[0], prepared(CELL.plain, data)])
+
+
+@pytest.mark.usefixtures("tiny_grid", "standard")
+def test_a_run_goes_on_where_it_was(data, tmp_path, capsys):
+    arguments = ["run", "--grid", "tiny", "--data", str(data), "--results", str(tmp_path)]
+    assert command.main([*arguments, "--dry-run"]) == 0
+    assert "1 cells, 1 of them to run" in capsys.readouterr().out
+    assert command.main(arguments) == 0
+    path = tmp_path / "tiny.jsonl"
+    lines = path.read_text().splitlines()
+    assert len(lines) == 1 + grids.PLAIN_RUNS + 1
+    # Lose two, and a half of another: only those are run again, and come out the same.
+    path.write_text("\n".join(lines[:-3]) + "\n" + lines[-3][:40])
+    capsys.readouterr()
+    with pytest.warns(UserWarning, match="cut off"):
+        assert command.main(arguments) == 0
+    assert f"{grids.PLAIN_RUNS + 1} cells, 3 of them to run" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="cut off"):
+        found = store.read(path)
+    wanted = {each.cell.key: each for each in map(Result.from_json, lines)}
+    assert found.keys() == wanted.keys()
+    for key, each in found.items():
+        assert replace(each, seconds=0.0) == replace(wanted[key], seconds=0.0)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from test_never_hurt import GRID, PER_CLASS
+from examples.never_hurt import runner
+PER_CLASS["colours"] = 6
+data, results = map(Path, sys.argv[1:3])
+if __name__ == "__main__":
+    places = runner.Places(data, None, results, data / "kept")
+    runner.run_missing(GRID.tuning(), places, workers=2, lanes=1, pretraining_steps=1)
+"""
+
+
+def test_processes_of_their_own(data, tmp_path):
+    script, results = tmp_path / "script.py", tmp_path / "r.jsonl"
+    script.write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, str(script), str(data), str(results)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(store.read(results)) == 1
+
+
+def test_a_process_that_fails_or_dies_is_told():
+    class Process:
+        def __init__(self, exitcode):
+            self.exitcode = exitcode
+
+    class Said:
+        def __init__(self, *messages):
+            self.messages = list(messages)
+
+        def get(self, timeout):
+            if not self.messages:
+                raise runner.queue.Empty
+            return self.messages.pop(0)
+
+    counted = []
+    runner._follow([Process(0)], Said(True, True, None), lambda: counted.append(1))
+    assert len(counted) == 2
+    with pytest.raises(runner.WorkerError, match="exit code -9"):
+        runner._follow([Process(-9)], Said(), lambda: None)
+    with pytest.raises(runner.WorkerError, match="ValueError: no folder"):
+        runner._follow([Process(0)], Said("ValueError: no folder"), lambda: None)
+
+
+def test_cells_of_one_program_stay_together():
+    cells = [
+        replace(CELL, source=source, regularizer=regularizer, seed=seed)
+        for seed in (0, 1)
+        for source in ("medmnist", "gtsrb")
+        for regularizer in ("l2_sp", "distillation")
+    ]
+    jobs = runner._grouped(cells, lanes=3)
+    # By the source where its head is looked at.
+    assert sorted(sum(map(len, job)) for job in jobs) == [2, 2, 4]
+    assert all(len(chunk) <= 3 for job in jobs for chunk in job)
+    assert {cell for job in jobs for chunk in job for cell in chunk} == set(cells)
+
+
+# Sources
+
+
+@pytest.mark.usefixtures("standard")
+def test_sources_are_trained_once_and_kept(data, tmp_path):
+    pretraining = Pretraining("random_labels_colours", "cifar_resnet8", 8, steps=2, batch_size=4)
+    first = sources.obtain(pretraining, data, tmp_path, None)
+    assert first.config.n_classes == 3
+    assert 0 <= float(first.metadata["held_out_accuracy"]) <= 1
+    sources.obtain.cache_clear()
+    again = sources.obtain(pretraining, data / "nowhere", tmp_path, None)
+    jax.tree.map(np.testing.assert_array_equal, first.network, again.network)
+    other = replace(pretraining, seed=1)
+    assert other.file_name != pretraining.file_name
+
+
+def test_errors_say_what_to_do(data, tmp_path, capsys):
+    run = ["run", "--data", str(data), "--results", str(tmp_path)]
+    assert command.main([*run, "--grid", "huge"]) == 1
+    assert "There is no grid huge" in capsys.readouterr().err
+    assert command.main([*run, "--grid", "small"]) == 1
+    assert "There is no folder" in capsys.readouterr().err
+    assert command.main(["report", str(tmp_path)]) == 1
+    assert "There are no results" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="by --weights"):
+        sources.obtain(Pretraining("x.safetensors", "cifar_resnet20", 32), data, tmp_path, None)
