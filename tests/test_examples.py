@@ -206,7 +206,7 @@ def updates_of(rule, pairs, reg_weight=0.5):
 @pytest.mark.parametrize("rule", RULES)
 def test_digits_rules_are_sgd_where_the_regularizer_does_not_act(rule):
     sgd = optax.sgd(TINY.learning_rate, momentum=MOMENTUM)
-    state = sgd.init(pairs(1)[0].loss_grads)
+    state, acted = sgd.init(pairs(1)[0].loss_grads), []
     for pair, with_0, regularized in zip(
         pairs(5), updates_of(rule, pairs(5), 0.0)[0], updates_of(rule, pairs(5))[0], strict=True
     ):
@@ -214,7 +214,8 @@ def test_digits_rules_are_sgd_where_the_regularizer_does_not_act(rule):
         for name in expected:
             np.testing.assert_allclose(with_0[name], expected[name], rtol=1e-5)
         np.testing.assert_allclose(regularized["head"], expected["head"], rtol=1e-5)
-        assert np.any(regularized["conv"] != expected["conv"])
+        acted.append(np.any(regularized["conv"] != expected["conv"]))
+    assert any(acted)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -226,7 +227,7 @@ def test_digits_rules_pull_equally_far(rule):
     np.testing.assert_allclose(steps[-1]["conv"], sums[-1]["conv"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("rule", ["gate", "decoupled", "momentum_first"])
+@pytest.mark.parametrize("rule", ["gate", "decoupled", "momentum_first", "bounded_dtnh"])
 def test_digits_variants_take_out_a_lasting_conflict(rule):
     a = {"conv": jnp.ones((3, 4)), "head": jnp.ones(2)}
     opposed = dtnh_jax.GradientPair(a, jax.tree.map(jnp.negative, a))

@@ -36,6 +36,12 @@ def gate(reg_weight: ArrayLike, cfg: Config) -> Optimizer:
     return optax.chain(rule, sgd(cfg))
 
 
+def bounded_dtnh(reg_weight: ArrayLike, cfg: Config) -> Optimizer:
+    """The library's preset: by the momenta of both gradients, and never longer than the loss's."""
+    rule = dtnh_jax.bounded_dtnh(reg_weight, scope=cfg.scope, mask=is_shared)
+    return optax.chain(rule, optax.scale_by_learning_rate(cfg.learning_rate))
+
+
 def decoupled(reg_weight: ArrayLike, cfg: Config) -> Optimizer:
     """Number by number against a slow average of the loss gradient, outside the momentum."""
     return outside_momentum(reg_weight, cfg, reference=optax.ema(0.99))
@@ -75,11 +81,25 @@ RULES: Mapping[str, Callable[[ArrayLike, Config], Optimizer]] = {
     "weighted_sum": weighted_sum,
     "dtnh": dtnh,
     "gate": gate,
+    "bounded_dtnh": bounded_dtnh,
     "decoupled": decoupled,
     "momentum_first": momentum_first,
     "decoupled_sum": decoupled_sum,
     "same_length": same_length,
 }
+
+
+def kept(rule: str, opt_state: Any) -> jax.Array:
+    """What a rule left of the regularizer's gradient in the last step, as a share of its length."""
+    if rule == "bounded_dtnh":
+        # What it removes lies along what it keeps: in each group 1 minus the one is the other.
+        measured = opt_state[0].rule.measurement
+        length = optax.tree.norm(measured.reg_norm)
+        left = optax.tree.norm((1 - measured.removed) * measured.reg_norm)
+        return jnp.where(length > 0, left / jnp.where(length > 0, length, 1), 1)
+    # What the others keep is at right angles to what they remove.
+    removed = dtnh_jax.conflict_stats(opt_state).total.removed
+    return jnp.sqrt(jnp.maximum(1 - removed**2, 0))
 
 
 def is_shared(params: Any) -> Any:

@@ -18,7 +18,7 @@ from examples.digits.config import Config
 from examples.digits.data import Split
 from examples.digits.models import Network
 from examples.digits.results import PLAIN, FineTuning, Method, Results
-from examples.digits.rules import RULES, is_shared
+from examples.digits.rules import RULES, is_shared, kept
 
 
 def run(cfg: Config) -> Results:
@@ -91,7 +91,6 @@ def fine_tune(
         measured.append(of_step)
         if step in evaluate_at:
             accuracies.append(accuracy(network, splits.target_held_out, cfg))
-    removed = np.array([each.by_rule.total.removed for each in measured])
     return FineTuning(
         seed=seed,
         source=name,
@@ -99,8 +98,7 @@ def fine_tune(
         accuracy=np.array(accuracies),
         cosine=np.stack([each.of_batch.per_group.cosine for each in measured]),
         conflict=np.stack([each.of_batch.per_group.conflict for each in measured]),
-        # What a rule here keeps is at right angles to what it removes.
-        kept=np.sqrt(np.maximum(1 - removed**2, 0)),
+        kept=np.array([each.kept for each in measured]),
         groups=measured[0].of_batch.groups,
     )
 
@@ -130,11 +128,11 @@ class Measured(NamedTuple):
 
     Attributes:
         of_batch: The conflict of the mini-batch's gradients, in the same groups for every rule.
-        by_rule: The conflict that the rule saw, between what it holds against each other.
+        kept: What the rule left of the regularizer's gradient, as a share of its length.
     """
 
     of_batch: dtnh_jax.ConflictStats
-    by_rule: dtnh_jax.ConflictStats
+    kept: jax.Array
 
 
 def training(
@@ -202,7 +200,7 @@ def train_step(
     (_, batch_stats), pair = objective(params)
     updates, opt_state = RULES[rule](reg_weight, cfg).update(pair, opt_state, params)
     network = Network(optax.apply_updates(params, updates), batch_stats)
-    measured = Measured(conflict(pair, cfg), dtnh_jax.conflict_stats(opt_state))
+    measured = Measured(conflict(pair, cfg), kept(rule, opt_state))
     return TrainState(network, opt_state), measured
 
 
