@@ -162,6 +162,11 @@ def contestants(*, all_rules: bool) -> dict[str, Contestant]:
     found["decoupled layer"] = link(
         dtnh_jax.decoupled(sgd, REG_WEIGHT, learning_rate=0.1, scope="layer"), 5
     )
+    # The preset has a momentum in it for each gradient.
+    found["dtnh layer, momentum"] = link(
+        optax.chain(dtnh_jax.dtnh(REG_WEIGHT, scope="layer"), optax.trace(0.9))
+    )
+    found["bounded_dtnh"] = link(dtnh_jax.bounded_dtnh(REG_WEIGHT))
     return found
 
 

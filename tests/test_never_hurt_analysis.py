@@ -3,6 +3,7 @@
 # ruff: noqa: E402 (the modules under test want the packages that are asked for first)
 
 import itertools
+import pathlib
 import re
 from dataclasses import replace
 
@@ -286,3 +287,16 @@ def test_every_setting_is_a_point():
     figure = figures.every_setting(study())
     n_points = sum(len(each.get_offsets()) for each in figure.axes[0].collections)
     assert n_points == len(list(itertools.product(SOURCES, TARGETS, EFFECTS, STRENGTHS)))
+
+
+ROOT = pathlib.Path(report.__file__).parents[2]
+
+
+def test_the_page_is_what_the_results_say():
+    """Its tables are made from the results that are kept, of whole grids."""
+    results = ROOT / "examples" / "never_hurt" / "results"
+    kept = {name.name.removesuffix(".jsonl.gz") for name in results.glob("*.jsonl.gz")}
+    assert kept >= {"small", "variants"}
+    studies = {name: report.study(results, name) for name in kept}
+    page = (ROOT / "docs" / "results.md").read_text()
+    assert report.renewed(page, report.make_tables(studies)) == page
