@@ -281,7 +281,7 @@ def test_other_settings_are_refused(directory, finished, tmp_path):
     with pytest.raises(CheckpointError) as error:
         run(directory, out, *changed)
     assert "training.learning_rate: 0.01 then, 0.5 now" in str(error.value)
-    assert "transfer.rule: 'dtnh' then, 'pcgrad' now" in str(error.value)
+    assert "transfer.rule: 'bounded_dtnh' then, 'pcgrad' now" in str(error.value)
     assert "workers" not in str(error.value)
 
 
