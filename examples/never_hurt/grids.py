@@ -175,6 +175,7 @@ class Grid:
 
 SOURCES = ("tinyimagenet", "gtsrb", "medmnist", "random_labels_imagenette", "random_weights")
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
+AGAIN = tuple(range(3, 11))
 TRANSFER = ("l2_sp", "distillation")
 RIVALS = (
     "dtnh_global",
@@ -285,6 +286,20 @@ GRIDS: Mapping[str, Grid] = {
         learning_rates=(0.01, 0.03, 0.1),
         architecture="cifar_resnet20",
         image_size=32,
+    ),
+    # The four lowest settings of the preset in "small", with seeds that it has not seen.
+    "again": Grid(
+        [
+            Part(
+                (source,), (target,), (regularizer,), ("weighted_sum", "bounded_dtnh"), (x,), AGAIN
+            )
+            for source, target, regularizer, x in (
+                ("gtsrb", "scene15", "l2_sp", 0.01),
+                ("gtsrb", "scene15", "distillation", 0.01),
+                ("random_labels_imagenette", "cifar10", "distillation", 10.0),
+                ("random_labels_imagenette", "scene15", "distillation", 100.0),
+            )
+        ]
     ),
     # For a GPU.
     "gpu": Grid(

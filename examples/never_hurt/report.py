@@ -56,8 +56,11 @@ def make_tables(studies: Mapping[str, Study]) -> dict[str, Rows]:
             made[f"strength-{regularizer}"] = tables.by_strength(small, regularizer=regularizer)
         made["worst"] = tables.worst_by_pair(small, small.rules)
         made["against-sum"] = tables.against_sum(small)
+        made["sum-verdicts"] = tables.verdicts(small, against_the_sum=True)
         made["gains"] = tables.gains(small)
         made["best"] = tables.best_by_pair(small, compared)
+    if again := studies.get("again"):
+        made["again"] = tables.settings(again)
     for name in ("variants", "wide", "real"):
         if each := studies.get(name):
             made[f"{name}-verdicts"] = tables.verdicts(each)

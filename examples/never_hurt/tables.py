@@ -86,11 +86,16 @@ def plain(study: Study) -> Rows:
     return rows
 
 
-def verdicts(study: Study) -> Rows:
-    """For each rule how often it hurts, over all settings."""
-    rows = [["rule", "settings", "mean", "below plain", "at once", "above", "worst setting", ""]]
+def verdicts(study: Study, *, against_the_sum: bool = False) -> Rows:
+    """For each rule how often it falls below plain fine-tuning, or the weighted sum."""
+    other = "the sum" if against_the_sum else "plain"
+    head = ["rule", "settings", "mean", f"below {other}", "at once", "above", "worst setting", ""]
+    rows = [head]
     for rule in study.rules:
-        found = analysis.verdict(study.settings(rule=rule), study.against_plain)
+        if against_the_sum and rule == WEIGHTED_SUM:
+            continue
+        difference = study.against_sum if against_the_sum else study.against_plain
+        found = analysis.verdict(study.settings(rule=rule), difference)
         rows.append(
             [
                 label(rule),
@@ -103,6 +108,16 @@ def verdicts(study: Study) -> Rows:
                 short(found.worst),
             ]
         )
+    return rows
+
+
+def settings(study: Study) -> Rows:
+    """Each setting by itself."""
+    estimated = analysis.estimates([*study.accuracy], study.against_plain)
+    rows = [["setting", *map(label, study.rules)]]
+    for each in dict.fromkeys(setting._replace(rule="") for setting in study.accuracy):
+        of_rules = (each._replace(rule=rule) for rule in study.rules)
+        rows.append([short(each), *(estimate(estimated[setting]) for setting in of_rules)])
     return rows
 
 
