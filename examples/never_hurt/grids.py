@@ -175,6 +175,7 @@ class Grid:
 
 SOURCES = ("tinyimagenet", "gtsrb", "medmnist", "random_labels_imagenette", "random_weights")
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
+PRESET_AND_SUM = ("weighted_sum", "bounded_dtnh")
 AGAIN = tuple(range(3, 11))
 TRANSFER = ("l2_sp", "distillation")
 RIVALS = (
