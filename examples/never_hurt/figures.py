@@ -56,7 +56,7 @@ def harm_by_strength(study: Study) -> Figure:
     figure.legend(
         handles, labels, loc="upper center", ncol=len(labels), frameon=False, fontsize="small"
     )
-    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
     return figure
 
 
@@ -156,7 +156,8 @@ def conflict(study: Study, rule: str, strength: float, layers: Sequence[str]) ->
         names, shares = analysis.conflict_by_layer(study, settings)
         order = [names.index(layer) for layer in layers if layer in names]
         image = axis.imshow(shares[order], vmin=0, vmax=1, cmap="RdBu_r", aspect="auto")
-        axis.set_title(f"{label(regularizer)},\n{kind} source", fontsize="medium")
+        sources = f"{kind} source" + ("s" if kind == UNFITTING else "")
+        axis.set_title(f"{label(regularizer)},\n{sources}", fontsize="medium")
         axis.set_xticks(range(shares.shape[1]), ["1st", "2nd", "3rd", "4th"])
         axis.set_yticks(range(len(order)), [names[i] for i in order], fontsize="small")
         for y, row in enumerate(shares[order]):

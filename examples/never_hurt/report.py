@@ -61,7 +61,9 @@ def make_tables(studies: Mapping[str, Study]) -> dict[str, Rows]:
         made["best"] = tables.best_by_pair(small, compared)
     if again := studies.get("again"):
         made["again"] = tables.settings(again)
-    for name in ("variants", "wide", "real"):
+    if variants := studies.get("variants"):
+        made["variants"] = tables.by_rule(variants)
+    for name in ("wide", "real"):
         if each := studies.get(name):
             made[f"{name}-verdicts"] = tables.verdicts(each)
             made[f"{name}-regularizers"] = tables.by_regularizer(each)

@@ -26,6 +26,22 @@ LABELS = {
     "config": "ConFIG",
     "gate": "gate (layer)",
     "bounded_dtnh": "bounded DTNH",
+    "gate_bounded": "gate, bound 1",
+    "gate_bounded_0.3": "gate, bound 0.3",
+    "project_bounded": "projection, bound 1",
+    "cosine_bounded": "cosine, bound 1",
+    "element_bounded": "gate by number, bound 1",
+    "keep_bounded": "bound 1 alone",
+    "average_gate_bounded": "gate against an average (0.99), bound 1",
+    "momenta_gate": "momenta: gate, no bound",
+    "momenta_gate_0.3": "momenta: gate, bound 0.3",
+    "momenta_gate_2": "momenta: gate, bound 2",
+    "momenta_project": "momenta: projection, bound 1",
+    "momenta_cosine": "momenta: cosine, bound 1",
+    "momenta_keep": "momenta: bound 1 alone",
+    "momenta_global": "momenta: gate of all layers as one, bound 1",
+    "momenta_element": "momenta: gate by number, bound 1",
+    "placebo": "placebo: the preset on noise",
     "l2_sp": "L2-SP",
     "distillation": "distillation",
     "feature_distillation": "feature distillation",
@@ -89,8 +105,7 @@ def plain(study: Study) -> Rows:
 def verdicts(study: Study, *, against_the_sum: bool = False) -> Rows:
     """For each rule how often it falls below plain fine-tuning, or the weighted sum."""
     other = "the sum" if against_the_sum else "plain"
-    head = ["rule", "settings", "mean", f"below {other}", "at once", "above", "worst setting", ""]
-    rows = [head]
+    rows = [["rule", "settings", "mean", f"below {other}", "at once", "above", "worst setting"]]
     for rule in study.rules:
         if against_the_sum and rule == WEIGHTED_SUM:
             continue
@@ -104,8 +119,7 @@ def verdicts(study: Study, *, against_the_sum: bool = False) -> Rows:
                 f"{found.n_below} ({found.by_chance:.1f})",
                 str(found.n_below_at_once),
                 f"{found.n_above} ({found.by_chance:.1f})",
-                estimate(found.worst_estimate),
-                short(found.worst),
+                f"{estimate(found.worst_estimate)}: {short(found.worst)}",
             ]
         )
     return rows
@@ -194,6 +208,21 @@ def best_by_pair(study: Study, rules: Sequence[str]) -> Rows:
         for rule in rules:
             gain = best[rule][pair, regularizer]
             row.append(f"{points(float(gain.at_best.mean()))} (λ × {gain.strength:g})")
+        rows.append(row)
+    return rows
+
+
+def by_rule(study: Study) -> Rows:
+    """For each rule and regularizer the mean over pairs and strengths, and the worst setting."""
+    head = [f"{label(name)}: {what}" for name in study.regularizers for what in ("mean", "worst")]
+    rows = [["rule", *head]]
+    for rule in study.rules:
+        row = [label(rule)]
+        for regularizer in study.regularizers:
+            settings = study.settings(regularizer=regularizer, rule=rule)
+            estimated = analysis.estimates(settings, study.against_plain)
+            row.append(points(float(np.mean([each.mean for each in estimated.values()]))))
+            row.append(points(min(each.mean for each in estimated.values())))
         rows.append(row)
     return rows
 
