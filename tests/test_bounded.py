@@ -389,3 +389,12 @@ def test_a_lone_tree_shows_the_right_call():
     tx = dtnh_jax.bounded_dtnh(1.0)
     with pytest.raises(TypeError, match="pair"):
         tx.update(params, tx.init(params), params)
+
+
+def test_a_leaf_that_is_not_reached_counts_in_no_bound():
+    a = {"layer": {"kernel": jnp.array([100.0, 0.0]), "bias": jnp.array([3.0, 4.0])}}
+    b = {"layer": {"kernel": None, "bias": jnp.array([0.0, 2.0])}}
+    tx = dtnh_jax.bounded_dtnh(1e6)
+    direction, _ = tx.update((a, b), tx.init(a), a)
+    np.testing.assert_allclose(direction["layer"]["bias"], [3.0, 9.0], rtol=1e-6)
+    np.testing.assert_array_equal(direction["layer"]["kernel"], a["layer"]["kernel"])
