@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 Variant = Literal[
-    "gate", "decoupled", "momentum_first", "bounded_dtnh", "decoupled_sum", "same_length"
+    "bounded_dtnh", "gate", "decoupled", "momentum_first", "decoupled_sum", "same_length"
 ]
 
 
@@ -37,7 +37,7 @@ class Config:
     """Regularizer weights to try with distillation: where the weighted sum is at its best."""
     temperature: float = 2.0
     """Temperature of distillation."""
-    variants: tuple[Variant, ...] = ("gate", "momentum_first", "bounded_dtnh")
+    variants: tuple[Variant, ...] = ("gate", "decoupled", "momentum_first")
     """Rules to try beside weighted_sum and dtnh; those of rules.py, the last two are controls."""
     scope: Literal["global", "layer", "leaf", "element"] = "layer"
     """Which parameters are one vector to dtnh and gate, and one row of the heat map."""

@@ -17,10 +17,10 @@ COLOURS = {
     "weighted_sum": "#D55E00",
     "dtnh": "#0072B2",
     "gate": "#009E73",
-    "decoupled": "#999999",
+    "decoupled": "#CC79A7",
     "momentum_first": "#E69F00",
     "decoupled_sum": "#56B4E9",
-    "bounded_dtnh": "#CC79A7",
+    "bounded_dtnh": "#999999",
     "same_length": "#F0E442",
 }
 
