@@ -327,6 +327,15 @@ def test_a_run_goes_on_where_it_was(data, tmp_path, capsys):
         assert replace(each, seconds=0.0) == replace(wanted[key], seconds=0.0)
 
 
+@pytest.mark.usefixtures("tiny_grid", "standard")
+def test_smoke_runs_to_its_end(data, tmp_path):
+    arguments = ["run", "--grid", "tiny", "--smoke", "--data", str(data)]
+    assert command.main([*arguments, "--results", str(tmp_path)]) == 0
+    found = store.read(tmp_path / "tiny-smoke.jsonl")
+    assert len(found) == 1 + grids.PLAIN_RUNS + 1
+    assert not (tmp_path / "tiny.jsonl").exists()
+
+
 SCRIPT = """
 import sys
 from pathlib import Path

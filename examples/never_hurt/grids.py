@@ -165,7 +165,7 @@ class Grid:
                 )
                 for part in self.parts[:1]
             ],
-            learning_rates=self.learning_rates[1:2],
+            learning_rates=self.learning_rates[:1],
             tuning_seeds=self.tuning_seeds[:1],
             steps=4,
             batch_size=8,
