@@ -129,10 +129,6 @@ def test_a_key_is_of_the_whole_config():
     assert CELL.key == "b41e5a736fa9ef2d"
 
 
-def test_plain_shares_all_but_the_regularizer():
-    assert CELL.plain == replace(CELL, regularizer=NONE, rule=NONE, strength=0.0)
-
-
 @pytest.mark.parametrize(
     ("field", "value"),
     [("strength", -1.0), ("strength", math.nan), ("steps", 3), ("learning_rate", math.inf)],
@@ -228,6 +224,12 @@ def test_results_come_back(tmp_path):
     assert store.read(tmp_path / "none.jsonl") == {}
 
 
+def test_what_is_not_finite_is_no_json():
+    assert [train._finite(x, 2) for x in (0.123, math.nan, math.inf)] == [0.12, None, None]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        result(removed=[math.nan]).to_json()
+
+
 def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path):
     path = tmp_path / "r.jsonl"
     store.append(path, result())
@@ -276,7 +278,7 @@ def test_views_are_crops_of_the_padded_image():
         padded = np.pad(pixels[which], ((1, 1), (1, 1), (0, 0)))
         wanted = padded[top : top + 8, left : left + 8]
         wanted = wanted[:, ::-1] if flip else wanted
-        wanted = (wanted / 255 - batches.MEAN) / batches.STD
+        wanted = (wanted / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
         np.testing.assert_allclose(view, wanted, atol=1e-6)
     assert {*plan.flip} == {True, False}
 
@@ -301,7 +303,7 @@ def test_cells_that_run_at_once_are_those_that_run_one_by_one(data):
     assert set(one_by_one[1].conflict) > {"conv1", "layer1/0/bn1", "layer3/0/conv2"}
     assert all(len(quarters) == 4 for quarters in one_by_one[1].conflict.values())
     with pytest.raises(ValueError, match="must share"):
-        train.run([ready[0], prepared(CELL.plain, data)])
+        train.run([ready[0], prepared(replace(CELL, rule="gate"), data)])
 
 
 @pytest.mark.usefixtures("tiny_grid", "standard")
@@ -334,6 +336,26 @@ def test_smoke_runs_to_its_end(data, tmp_path):
     found = store.read(tmp_path / "tiny-smoke.jsonl")
     assert len(found) == 1 + grids.PLAIN_RUNS + 1
     assert not (tmp_path / "tiny.jsonl").exists()
+
+
+@pytest.mark.usefixtures("tiny_grid", "standard")
+def test_a_cell_runs_again_by_its_key(data, tmp_path, capsys):
+    results = ["--data", str(data), "--results", str(tmp_path)]
+    assert command.main(["run", "--grid", "tiny", *results]) == 0
+    file = tmp_path / "tiny.jsonl"
+    [cell] = [each.cell for each in store.read(file).values() if each.cell.rule == "bounded_dtnh"]
+    places = ["--data", str(data), "--sources", str(tmp_path / "sources")]
+    capsys.readouterr()
+    assert command.main(["again", str(file), cell.key[:8], *places]) == 0
+    then, now = capsys.readouterr().out.splitlines()
+    assert cell.key in then
+    assert then.removeprefix("then") == now.removeprefix("now")
+    for key, count in ((cell.key[:-1] + "x", 0), ("", 1 + grids.PLAIN_RUNS + 1)):
+        assert command.main(["again", str(file), key, *places]) == 1
+        assert f"{count} cells of" in capsys.readouterr().err
+    other = file.rename(tmp_path / "other.jsonl")
+    assert command.main(["again", str(other), cell.key, *places]) == 1
+    assert "not named after a grid" in capsys.readouterr().err
 
 
 SCRIPT = """
@@ -422,6 +444,13 @@ def test_errors_say_what_to_do(data, tmp_path, capsys):
     assert "There is no grid huge" in capsys.readouterr().err
     assert command.main([*run, "--grid", "small"]) == 1
     assert "There is no folder" in capsys.readouterr().err
+    for flags, message in (
+        (["--workers", "0"], "workers must be at least 1"),
+        (["--lanes", "0"], "lanes must be at least 1"),
+        (["--share", "2", "2"], "got 2 of 2"),
+    ):
+        assert command.main([*run, *flags]) == 1
+        assert message in capsys.readouterr().err
     assert command.main(["report", str(tmp_path)]) == 1
     assert "There are no results" in capsys.readouterr().err
     with pytest.raises(ValueError, match="by --weights"):

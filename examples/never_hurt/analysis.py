@@ -118,24 +118,18 @@ class Study:
         self.validation: dict[Setting, dict[int, float]] = defaultdict(dict)
         self.results: dict[Setting, list[Result]] = defaultdict(list)
         plain: dict[Pair, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-        plain_validation: dict[Pair, dict[int, list[float]]] = defaultdict(
-            lambda: defaultdict(list)
-        )
         for result in results:
             cell, of_validation = result.cell, 100 * result.validation
             accuracy = of_validation if result.test is None else 100 * result.test
             pair = Pair(cell.source, cell.target)
             if cell.regularizer == NONE:
                 plain[pair][cell.seed].append(accuracy)
-                plain_validation[pair][cell.seed].append(of_validation)
             else:
                 setting = setting_of(cell)
                 self.accuracy[setting][cell.seed] = accuracy
                 self.validation[setting][cell.seed] = of_validation
                 self.results[setting].append(result)
-        self.plain_runs = {pair: dict(of_seeds) for pair, of_seeds in plain.items()}
         self.plain = _means(plain)
-        self.plain_validation = _means(plain_validation)
         for setting, of_seeds in self.accuracy.items():
             if missing := set(of_seeds) - set(self.plain.get(setting.pair, {})):
                 raise ValueError(f"{setting} has no plain run of the seeds {sorted(missing)}.")
@@ -172,17 +166,6 @@ class Study:
         """Accuracy minus that of the weighted sum of the same strength, in points."""
         other = self.accuracy[setting._replace(rule=WEIGHTED_SUM)]
         return np.array([x - other[seed] for seed, x in sorted(self.accuracy[setting].items())])
-
-    def by_chance(self) -> dict[Pair, np.ndarray]:
-        """Plain runs with other batches minus the mean of the rest, in points."""
-        differences = defaultdict(list)
-        for pair, of_seeds in self.plain_runs.items():
-            for runs in of_seeds.values():
-                for i, run in enumerate(runs):
-                    rest = runs[:i] + runs[i + 1 :]
-                    if rest:
-                        differences[pair].append(run - np.mean(rest))
-        return {pair: np.array(each) for pair, each in differences.items()}
 
 
 def setting_of(cell: Cell) -> Setting:

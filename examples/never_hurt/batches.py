@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-MEAN = np.array([0.485, 0.456, 0.406], np.float32)
-STD = np.array([0.229, 0.224, 0.225], np.float32)
+from examples.common.data import pad_margin
+from examples.finetune import objective
+from examples.finetune.task import IMAGENET
 
 
 class Plan(NamedTuple):
@@ -25,11 +26,6 @@ class Plan(NamedTuple):
     corner: Any
 
 
-def margin(image_size: int) -> int:
-    """How far an image is padded before it is cropped: CIFAR's 4 pixels of 32."""
-    return max(1, image_size // 8)
-
-
 def draw(n_images: int, image_size: int, batch_size: int, steps: int, seed: Sequence[int]) -> Plan:
     """Draws the views of all steps: every image once in a new order before any comes again."""
     rng = np.random.default_rng([*seed, 1])
@@ -37,7 +33,7 @@ def draw(n_images: int, image_size: int, batch_size: int, steps: int, seed: Sequ
     epochs = [rng.permutation(n_images) for _ in range(-(-n // n_images))]
     which = np.concatenate(epochs)[:n].astype(np.int32)
     flip = rng.random(n) < 0.5
-    corner = rng.integers(2 * margin(image_size) + 1, size=(n, 2), dtype=np.int32)
+    corner = rng.integers(2 * pad_margin(image_size) + 1, size=(n, 2), dtype=np.int32)
     return Plan(*(x.reshape(steps, batch_size, *x.shape[1:]) for x in (which, flip, corner)))
 
 
@@ -52,7 +48,7 @@ def views(images: jax.Array, plan: Plan) -> jax.Array:
         ``(batch, size, size, 3)``, float32, standardised.
     """
     size = images.shape[1]
-    side = margin(size)
+    side = pad_margin(size)
     padded = jnp.pad(images[plan.which], ((0, 0), (side, side), (side, side), (0, 0)))
 
     def cut(image: jax.Array, flip: jax.Array, corner: jax.Array) -> jax.Array:
@@ -64,4 +60,5 @@ def views(images: jax.Array, plan: Plan) -> jax.Array:
 
 def standardise(images: jax.Array) -> jax.Array:
     """From uint8 to what the networks are trained on."""
-    return (images.astype(jnp.float32) / 255 - MEAN) / STD
+    mean, std = (np.array(IMAGENET[name], np.float32) for name in ("mean", "std"))
+    return objective.standardise(images, mean, std)

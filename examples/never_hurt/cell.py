@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 NONE = "none"
@@ -58,11 +58,6 @@ class Cell:
         canonical = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
-    @property
-    def plain(self) -> "Cell":
-        """The same without a regularizer."""
-        return replace(self, regularizer=NONE, rule=NONE, strength=0.0)
-
 
 @dataclass(frozen=True)
 class Result:
@@ -77,7 +72,7 @@ class Result:
         conflict: For each layer and each quarter of training the share of steps in which the two
             gradients, as the rule sees them, are in conflict; empty without a regularizer.
         removed: For each quarter of training the mean share of the regularizer's gradient that the
-            rule took out, over all layers.
+            rule took out, over all layers; None where that is not finite: training has diverged.
         seconds: What it took, without compilation.
     """
 
@@ -87,12 +82,14 @@ class Result:
     train_accuracy: float
     train_loss: float | None
     conflict: Mapping[str, list[float]] = field(default_factory=dict)
-    removed: list[float] = field(default_factory=list)
+    removed: list[float | None] = field(default_factory=list)
     seconds: float = 0.0
 
     def to_json(self) -> str:
         """One line."""
-        return json.dumps({"key": self.cell.key, **asdict(self)}, separators=(",", ":"))
+        return json.dumps(
+            {"key": self.cell.key, **asdict(self)}, separators=(",", ":"), allow_nan=False
+        )
 
     @classmethod
     def from_json(cls, line: str) -> "Result":

@@ -291,9 +291,7 @@ GRIDS: Mapping[str, Grid] = {
     # The four lowest settings of the preset in "small", with seeds that it has not seen.
     "again": Grid(
         [
-            Part(
-                (source,), (target,), (regularizer,), ("weighted_sum", "bounded_dtnh"), (x,), AGAIN
-            )
+            Part((source,), (target,), (regularizer,), PRESET_AND_SUM, (x,), AGAIN)
             for source, target, regularizer, x in (
                 ("gtsrb", "scene15", "l2_sp", 0.01),
                 ("gtsrb", "scene15", "distillation", 0.01),

@@ -1,5 +1,6 @@
 """Runs cells in as many processes as asked for; what has been run stays, whoever is killed."""
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -50,13 +51,17 @@ def run_missing(
     Args:
         cells: All that shall have a result.
         places: Where things are.
-        workers: Processes; each computes on one core of its own, if there is more than one.
+        workers: Processes; each computes on one core of its own.
         lanes: Cells that run at once in each, by `jax.vmap`: for a GPU. On a CPU one is fastest.
         pretraining_steps: How long sources that are not there are trained.
 
     Raises:
+        ValueError: If there is no worker, or no lane.
         WorkerError: If a process failed.
     """
+    for name, value in (("workers", workers), ("lanes", lanes)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}.")
     done = store.read(places.results)
     missing = [cell for cell in dict.fromkeys(cells) if cell.key not in done]
     if not missing:
@@ -104,9 +109,10 @@ def _run_jobs(
     advance: Callable[[], None],
 ) -> None:
     if workers == 1:
-        for job in jobs:
-            for _ in _do(job, places, pretraining_steps):
-                advance()
+        with one_core(0):
+            for job in jobs:
+                for _ in _do(job, places, pretraining_steps):
+                    advance()
         return
     context = multiprocessing.get_context("spawn")
     to_do, done = context.Queue(), context.Queue()
@@ -114,15 +120,14 @@ def _run_jobs(
         to_do.put(job)
     for _ in range(workers):
         to_do.put(None)
-    with _single_threaded():
-        processes = [
-            context.Process(
-                target=_work, args=(number, to_do, done, places, pretraining_steps), daemon=True
-            )
-            for number in range(workers)
-        ]
-        for process in processes:
-            process.start()
+    processes = [
+        context.Process(
+            target=_work, args=(number, to_do, done, places, pretraining_steps), daemon=True
+        )
+        for number in range(workers)
+    ]
+    for process in processes:
+        process.start()
     try:
         _follow(processes, done, advance)
     finally:
@@ -156,15 +161,13 @@ def _follow(processes: Sequence[Any], done: Queue, advance: Callable[[], None]) 
 def _work(number: int, to_do: Queue, done: Queue, places: Places, pretraining_steps: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the processes
     parent = os.getppid()
-    if hasattr(os, "sched_setaffinity"):
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[number % len(cores)]})
     try:
-        while (job := to_do.get()) is not None:
-            for _ in _do(job, places, pretraining_steps):
-                done.put(True)
-                if os.getppid() != parent:
-                    return
+        with one_core(number):
+            while (job := to_do.get()) is not None:
+                for _ in _do(job, places, pretraining_steps):
+                    done.put(True)
+                    if os.getppid() != parent:
+                        return
     except Exception as error:
         done.put(f"{type(error).__name__}: {error}")
         return
@@ -178,12 +181,13 @@ def _do(job: Job, places: Places, pretraining_steps: int) -> Iterator[None]:
         yield
         return
     for chunk in job:
-        for result in train.run([_prepare(cell, places, pretraining_steps) for cell in chunk]):
+        for result in train.run([prepare(cell, places, pretraining_steps) for cell in chunk]):
             store.append(places.results, result)
             yield
 
 
-def _prepare(cell: Cell, places: Places, pretraining_steps: int) -> train.Prepared:
+def prepare(cell: Cell, places: Places, pretraining_steps: int) -> train.Prepared:
+    """Reads what a cell needs; its source is trained first if it is not there."""
     pretraining = _pretraining(cell, pretraining_steps)
     return train.Prepared(
         cell,
@@ -192,17 +196,19 @@ def _prepare(cell: Cell, places: Places, pretraining_steps: int) -> train.Prepar
     )
 
 
-class _single_threaded:  # noqa: N801 (read as a statement)
-    """Processes started inside compute on one thread each."""
+@contextlib.contextmanager
+def one_core(number: int) -> Iterator[None]:
+    """Computes on one core, where the system can be asked to.
 
-    flag = "--xla_cpu_multi_thread_eigen=false"
-
-    def __enter__(self) -> None:
-        self.before = os.environ.get("XLA_FLAGS")
-        os.environ["XLA_FLAGS"] = f"{self.before or ''} {self.flag}".strip()
-
-    def __exit__(self, *exception: object) -> None:
-        if self.before is None:
-            del os.environ["XLA_FLAGS"]
-        else:
-            os.environ["XLA_FLAGS"] = self.before
+    XLA divides sums among the cores that it finds when it begins, so a cell would come out
+    otherwise by the number of workers and of cores.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {sorted(cores)[number % len(cores)]})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)

@@ -106,27 +106,24 @@ def run(prepared: Sequence[Prepared]) -> list[Result]:
     if len(programs) != 1:
         raise ValueError("Cells that run at once must share regularizer, rule, shapes and steps.")
     [program] = programs
-    together = len(prepared) > 1
-    lanes = [_start(program, each) for each in prepared]
-    task, state, plan = _stack(lanes) if together else lanes[0]
-    step = _step_of_many if together else _step_of_one
-    state, first = step(program, state, task, _at(plan, 0, together))  # compiles
-    jax.block_until_ready(state)
-    started = time.perf_counter()
-    measured = [first]
-    for i in range(1, program.steps):
-        state, of_step = step(program, state, task, _at(plan, i, together))
+    step = _step_of_one if len(prepared) == 1 else _step_of_many
+    task, state, plan = _stack([_start(program, each) for each in prepared])
+    measured = []
+    started = 0.0
+    for i in range(program.steps):
+        state, of_step = step(program, state, task, jax.tree.map(lambda x, i=i: x[:, i], plan))
         measured.append(of_step)
-    history = jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves]), *measured)
+        if i == 0:  # which compiles
+            jax.block_until_ready(state)
+            started = time.perf_counter()
+    history = jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves], 1), *measured)
     seconds = (time.perf_counter() - started) / len(prepared)
     has_regularizer = program.regularizer != NONE
     names = dtnh_jax.conflict_stats(state.opt_state).groups if has_regularizer else ()
     results = []
     for lane, each in enumerate(prepared):
-        pick = (lambda x, lane=lane: x[lane]) if together else (lambda x: x)
-        past = (lambda x, lane=lane: x[:, lane]) if together else (lambda x: x)
-        network = jax.tree.map(pick, state.network)
-        results.append(_result(program, each, network, jax.tree.map(past, history), names, seconds))
+        network, of_steps = jax.tree.map(lambda x, lane=lane: x[lane], (state.network, history))
+        results.append(_result(program, each, network, of_steps, names, seconds))
     return results
 
 
@@ -209,7 +206,11 @@ def _step(program: Program, state: State, task: Task, plan: Plan) -> tuple[State
     return State(network, opt_state), Measured(loss, jnp.mean(right), conflict)
 
 
-_step_of_one = jax.jit(_step, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
+def _step_of_one(program: Program, state: State, task: Task, plan: Plan) -> Any:
+    """A step of a single lane: `jax.vmap` makes convolutions slow on a CPU, for one lane too."""
+    only = jax.tree.map(lambda x: x[0], (state, task, plan))
+    return jax.tree.map(lambda x: x[None], _step(program, *only))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -273,15 +274,18 @@ def _result(
     conflict, removed = {}, []
     if history.conflict is not None:
         by_layer = _by_quarter(history.conflict.per_group.conflict)
-        conflict = {name: _rounded(row, 2) for name, row in zip(names, by_layer, strict=True)}
-        removed = _rounded(_by_quarter(history.conflict.total.removed), 3)
-    loss = float(np.mean(history.loss[-last:]))
+        conflict = {
+            name: [round(share, 2) for share in shares]
+            for name, shares in zip(names, by_layer.tolist(), strict=True)
+        }
+        by_quarter = _by_quarter(history.conflict.total.removed).tolist()
+        removed = [_finite(share, 3) for share in by_quarter]
     return Result(
         cell=cell,
         validation=round(sources.accuracy(program.model, network, splits.validation), 5),
         test=round(sources.accuracy(program.model, network, splits.test), 5) if cell.test else None,
         train_accuracy=round(float(np.mean(history.accuracy[-last:])), 4),
-        train_loss=round(loss, 4) if math.isfinite(loss) else None,
+        train_loss=_finite(float(np.mean(history.loss[-last:])), 4),
         conflict=conflict,
         removed=removed,
         seconds=round(seconds, 3),
@@ -294,13 +298,10 @@ def _by_quarter(of_steps: ArrayLike) -> np.ndarray:
     return np.stack([quarter.mean(axis=0) for quarter in quarters], axis=-1)
 
 
-def _rounded(values: np.ndarray, digits: int) -> list[float]:
-    return [round(value, digits) for value in values.tolist()]
+def _finite(value: float, digits: int) -> float | None:
+    """Rounded; what is not finite has no name in JSON."""
+    return round(value, digits) if math.isfinite(value) else None
 
 
 def _stack(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack([jnp.asarray(x) for x in leaves]), *trees)
-
-
-def _at(plan: Plan, step: int, together: bool) -> Plan:
-    return jax.tree.map(lambda x: x[:, step] if together else x[step], plan)

@@ -9,7 +9,7 @@ from examples.common.data.batches import (
 )
 from examples.common.data.config import DataConfig
 from examples.common.data.dataset import Dataset, load
-from examples.common.data.images import CorruptImageError, augment, centre_crop, decode
+from examples.common.data.images import CorruptImageError, augment, centre_crop, decode, pad_margin
 from examples.common.data.sources import Source
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "decode",
     "evaluation_batches",
     "load",
+    "pad_margin",
     "to_device",
     "train_batches",
 ]

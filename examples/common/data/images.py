@@ -84,6 +84,11 @@ def augment(image: np.ndarray, config: DataConfig, rng: np.random.Generator) -> 
     return np.ascontiguousarray(view[:, ::-1]) if rng.random() < 0.5 else view
 
 
+def pad_margin(size: int) -> int:
+    """How far pad_crop pads an image of ``size`` pixels: CIFAR's 4 pixels of 32."""
+    return max(1, size // 8)
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
         grey = np.asarray(image).astype(np.int64) >> 8
@@ -131,7 +136,7 @@ def _random_resized_crop(
 
 def _pad_crop(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     size = image.shape[0]
-    margin = max(1, size // 8)
+    margin = pad_margin(size)
     padded = np.pad(image, ((margin, margin), (margin, margin), (0, 0)))
     top, left = rng.integers(2 * margin + 1, size=2)
     return np.ascontiguousarray(padded[top : top + size, left : left + size])
