@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 
 from dtnh_jax._gradients import GradientPair
 from dtnh_jax._tree import PyTree, is_absent, lay_over
-from dtnh_jax._unpack import unpack
+from dtnh_jax._unpack import takes_pairs
 
 
 class AccumulationState(NamedTuple):
@@ -88,14 +88,8 @@ def accumulate_pairs(
         )
 
     def update(
-        updates: PyTree,
-        state: Any,
-        params: PyTree | None = None,
-        *,
-        reg_grads: PyTree | None = None,
-        **extra_args: Any,
+        pair: GradientPair, state: Any, params: PyTree | None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
-        pair = unpack(updates, reg_grads, params)
         sums = GradientPair(
             _added(state.sums.loss_grads, pair.loss_grads, "loss_grads"),
             _added(state.sums.reg_grads, pair.reg_grads, "reg_grads"),
@@ -122,7 +116,7 @@ def accumulate_pairs(
             mini_step=(state.mini_step + 1) % every_k, sums=sums, optimizer=optimizer_state
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return takes_pairs(init, update)
 
 
 def _added(sums: PyTree, grads: PyTree, what: str) -> PyTree:

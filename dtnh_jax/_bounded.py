@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from dtnh_jax._gradients import GradientPair
-from dtnh_jax._groups import Mask, Scope, group_leaves
+from dtnh_jax._groups import Groups, Mask, Scope, group_leaves
 from dtnh_jax._reference import only_reached
 from dtnh_jax._rules import Action, dtnh_rule
 from dtnh_jax._transform import Choices, RegWeight, as_trees, pair_transformation
-from dtnh_jax._tree import PyTree, is_absent, lay_over
-from dtnh_jax._unpack import unpack
+from dtnh_jax._tree import PyTree, is_absent, lay_over, leaves_of
+from dtnh_jax._unpack import takes_pairs
 
 
 class BoundedState(NamedTuple):
@@ -113,52 +113,48 @@ def bounded_dtnh(
         return BoundedState(step_of.init(params), of_reg, rule_state)
 
     def update(
-        updates: PyTree,
-        state: Any,
-        params: PyTree | None = None,
-        *,
-        reg_grads: PyTree | None = None,
-        **extra_args: Any,
+        pair: GradientPair, state: Any, params: PyTree | None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
         del extra_args
-        pair = unpack(updates, reg_grads, params)
-        loss_step, loss_state = step_of.update(pair.loss_grads, state.loss, params)
-        groups = group_leaves(pair.loss_grads, scope, mask)
+        loss_grads, reg_grads = pair
+        loss_step, loss_state = step_of.update(loss_grads, state.loss, params)
+        groups = group_leaves(loss_grads, scope, mask)
         of_params = None if params is None else only_reached(params, groups)
-        trees = as_trees(pair.reg_grads, n_regularizers) if several else [pair.reg_grads]
-        reg_steps, reg_states = [], []
-        for tree, reg_state in zip(trees, state.reg, strict=True):
-            grads = only_reached(_filled(tree, pair.loss_grads), groups)
-            step, reg_state = step_of.update(grads, reg_state, of_params)
-            reg_steps.append(_emptied(step, tree, pair.loss_grads))
-            reg_states.append(reg_state)
+        trees = as_trees(reg_grads, n_regularizers) if several else [reg_grads]
+        made = [
+            _reg_step(step_of, tree, reg_state, of_params, loss_grads, groups)
+            for tree, reg_state in zip(trees, state.reg, strict=True)
+        ]
+        reg_steps, reg_states = zip(*made, strict=True)
         direction, rule_state = rule.update(
             GradientPair(loss_step, reg_steps if several else reg_steps[0]), state.rule, params
         )
-        return direction, BoundedState(loss_state, tuple(reg_states), rule_state)
+        return direction, BoundedState(loss_state, reg_states, rule_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return takes_pairs(init, update)
 
 
-def _filled(grads: PyTree, like: PyTree) -> PyTree:
-    """``grads`` with the structure of ``like``, and zeros where it is absent."""
-    leaves, treedef = jax.tree.flatten(like, is_leaf=is_absent)
-    entries = lay_over(grads, like, what="reg_grads", over="loss_grads", one_for_many=False)
-    return treedef.unflatten(
-        [
-            jnp.zeros_like(leaf) if is_absent(entry) and not is_absent(leaf) else entry
-            for entry, leaf in zip(entries, leaves, strict=True)
-        ]
+def _reg_step(
+    step_of: optax.GradientTransformation,
+    reg_grads: PyTree,
+    state: Any,
+    params: PyTree | None,
+    loss_grads: PyTree,
+    groups: Groups,
+) -> tuple[PyTree, Any]:
+    """The step of one regularizer's gradient, and the next state: absent where the gradient is."""
+    leaves, treedef = jax.tree.flatten(loss_grads, is_leaf=is_absent)
+    entries = lay_over(
+        reg_grads, loss_grads, what="reg_grads", over="loss_grads", one_for_many=False
     )
-
-
-def _emptied(tree: PyTree, grads: PyTree, like: PyTree) -> PyTree:
-    """``tree`` with ``None`` where ``grads`` is absent, or the tree itself."""
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_absent)
-    entries = lay_over(grads, like, what="reg_grads", over="loss_grads", one_for_many=False)
-    return treedef.unflatten(
-        [
-            None if is_absent(entry) or is_absent(leaf) else leaf
-            for leaf, entry in zip(leaves, entries, strict=True)
-        ]
-    )
+    # The state has a place for every leaf in a group: what is absent moves it by nothing.
+    filled = [
+        entry if is_absent(leaf) or not is_absent(entry) else jnp.zeros_like(leaf)
+        for entry, leaf in zip(entries, leaves, strict=True)
+    ]
+    step, state = step_of.update(only_reached(treedef.unflatten(filled), groups), state, params)
+    steps = [
+        None if is_absent(entry) else leaf
+        for entry, leaf in zip(entries, leaves_of(step), strict=True)
+    ]
+    return treedef.unflatten(steps), state

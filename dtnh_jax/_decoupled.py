@@ -19,7 +19,7 @@ from dtnh_jax._transform import (
     pair_transformation,
 )
 from dtnh_jax._tree import PyTree, is_absent
-from dtnh_jax._unpack import unpack
+from dtnh_jax._unpack import takes_pairs
 from dtnh_jax.regularizers import l2_sp_gradient
 
 
@@ -102,14 +102,9 @@ def decoupled(
         return DecoupledState(optimizer.init(params), rule.init(params))
 
     def update(
-        updates: PyTree,
-        state: Any,
-        params: PyTree | None = None,
-        *,
-        reg_grads: PyTree | None = None,
-        **extra_args: Any,
+        pair: GradientPair, state: Any, params: PyTree | None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
-        loss_grads, reg_grads = unpack(updates, reg_grads, params)
+        loss_grads, reg_grads = pair
         steps, optimizer_state = optimizer.update(loss_grads, state.optimizer, params, **extra_args)
         # The reference points where the loss rises, the step where it falls.
         against = jax.tree.map(jnp.negative, steps) if by_update else None
@@ -127,7 +122,7 @@ def decoupled(
         ]
         return treedef.unflatten(together), DecoupledState(optimizer_state, rule_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return takes_pairs(init, update)
 
 
 def add_l2_sp(

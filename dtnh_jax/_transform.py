@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from dtnh_jax._gradients import GradientPair
 from dtnh_jax._gramian import (
     Gramian,
     change,
@@ -36,7 +37,7 @@ from dtnh_jax._stats import (
     removed_share_of_leaf,
 )
 from dtnh_jax._tree import PyTree, is_absent, is_array, lay_over, leaf_names, leaves_of
-from dtnh_jax._unpack import RIGHT_CALLS, unpack
+from dtnh_jax._unpack import RIGHT_CALLS, takes_pairs
 from dtnh_jax._weightings import Weights
 
 Weight = jax.typing.ArrayLike | optax.Schedule
@@ -85,15 +86,10 @@ def pair_transformation(rule: Rule, choices: Choices) -> optax.GradientTransform
     apart = changes_transformation(rule, choices)
 
     def update(
-        updates: PyTree,
-        state: Any,
-        params: PyTree | None = None,
-        *,
-        reg_grads: PyTree | None = None,
-        **extra_args: Any,
+        pair: GradientPair, state: Any, params: PyTree | None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
         del extra_args
-        loss_grads, reg_grads = unpack(updates, reg_grads, params)
+        loss_grads, reg_grads = pair
         changes, state = apart.update(loss_grads, state, params, reg_grads=reg_grads)
         leaves, treedef = jax.tree.flatten(loss_grads, is_leaf=is_absent)
         directions = [
@@ -102,7 +98,7 @@ def pair_transformation(rule: Rule, choices: Choices) -> optax.GradientTransform
         ]
         return treedef.unflatten(directions), state
 
-    return optax.GradientTransformationExtraArgs(apart.init, update)
+    return takes_pairs(apart.init, update)
 
 
 class ChangesTransformation(NamedTuple):

@@ -1,7 +1,8 @@
 """Is what came a pair? Both call styles, and the errors that show them."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import optax
@@ -15,7 +16,33 @@ RIGHT_CALLS = (
 )
 
 
-def unpack(updates: PyTree, reg_grads: PyTree | None, params: PyTree | None) -> GradientPair:
+def takes_pairs(
+    init: optax.TransformInitFn, update: Callable[..., tuple[PyTree, Any]]
+) -> optax.GradientTransformationExtraArgs:
+    """An optax transformation that takes a pair in both call styles.
+
+    Args:
+        init: From params to the state.
+        update: ``update(pair, state, params, **extra_args)``, which returns updates and state.
+
+    Returns:
+        The transformation; a call that has no pair is an error that shows both styles.
+    """
+
+    def update_either(
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        reg_grads: PyTree | None = None,
+        **extra_args: Any,
+    ) -> tuple[PyTree, Any]:
+        return update(_unpack(updates, reg_grads, params), state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init, update_either)
+
+
+def _unpack(updates: PyTree, reg_grads: PyTree | None, params: PyTree | None) -> GradientPair:
     """The pair out of either call style, or an error that shows both."""
     pair = _as_pair(updates)
     if reg_grads is not None:

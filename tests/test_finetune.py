@@ -12,12 +12,12 @@ import subprocess
 import sys
 
 import jax
+import needs
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-for _package in ("flax", "grain", "matplotlib", "orbax.checkpoint", "rich", "safetensors", "tyro"):
-    pytest.importorskip(_package)
+needs.examples()
 
 import tiny_finetune
 from helpers import relative_error

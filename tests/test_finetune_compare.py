@@ -2,11 +2,11 @@
 
 import json
 
+import needs
 import numpy as np
 import pytest
 
-for _package in ("flax", "grain", "matplotlib", "rich", "safetensors", "tensorboardX", "tyro"):
-    pytest.importorskip(_package)
+needs.examples()
 
 from examples.finetune.compare import main
 

@@ -7,13 +7,13 @@ from typing import get_args
 
 import jax
 import jax.numpy as jnp
+import needs
 import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-for _package in ("flax", "grain", "matplotlib", "orbax.checkpoint", "rich", "safetensors", "tyro"):
-    pytest.importorskip(_package)
+needs.examples()
 
 import tiny_finetune
 from helpers import relative_error

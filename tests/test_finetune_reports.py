@@ -10,21 +10,11 @@ import struct
 
 import jax
 import jax.numpy as jnp
+import needs
 import numpy as np
 import pytest
 
-for _package in (
-    "flax",
-    "grain",
-    "huggingface_hub",
-    "matplotlib",
-    "orbax.checkpoint",
-    "rich",
-    "safetensors",
-    "tensorboardX",
-    "tyro",
-):
-    pytest.importorskip(_package)
+needs.examples()
 image_module = pytest.importorskip("PIL.Image")
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
 

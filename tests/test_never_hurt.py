@@ -11,22 +11,11 @@ import sys
 from dataclasses import asdict, fields, replace
 
 import jax
+import needs
 import numpy as np
 import pytest
 
-for _package in (
-    "flax",
-    "grain",
-    "huggingface_hub",
-    "matplotlib",
-    "orbax.checkpoint",
-    "PIL",
-    "rich",
-    "safetensors",
-    "tensorboardX",
-    "tyro",
-):
-    pytest.importorskip(_package)
+needs.examples()
 
 from tiny_finetune import make_images
 

@@ -7,23 +7,12 @@ import pathlib
 import re
 from dataclasses import replace
 
+import needs
 import numpy as np
 import pytest
 from scipy import stats
 
-for _package in (
-    "flax",
-    "grain",
-    "huggingface_hub",
-    "matplotlib",
-    "orbax.checkpoint",
-    "PIL",
-    "rich",
-    "safetensors",
-    "tensorboardX",
-    "tyro",
-):
-    pytest.importorskip(_package)
+needs.examples()
 
 from examples.never_hurt import __main__ as command
 from examples.never_hurt import analysis, figures, report, store, tables
