@@ -75,12 +75,12 @@ def test_digits_runs_every_method_from_every_source(results):
             assert run.cosine.shape == run.conflict.shape == (6, len(LAYERS))
             assert np.all(np.abs(run.cosine) <= 1)
             np.testing.assert_array_equal(run.conflict, run.cosine < 0)
-            assert run.kept.shape == (6,)
-            assert np.all((run.kept >= 0) & (run.kept <= 1))
+            assert run.removed.shape == (6,)
+            assert np.all((run.removed >= 0) & (run.removed <= 1))
             if run.method.rule == "weighted_sum":
-                np.testing.assert_array_equal(run.kept, 1)
+                np.testing.assert_array_equal(run.removed, 0)
             else:
-                assert run.kept.min() < 1
+                assert run.removed.max() > 0
 
 
 def test_digits_pairs_its_runs(results):

@@ -37,7 +37,7 @@ class Config:
     """Regularizer weights to try with distillation: where the weighted sum is at its best."""
     temperature: float = 2.0
     """Temperature of distillation."""
-    variants: tuple[Variant, ...] = ("gate", "decoupled", "momentum_first")
+    variants: tuple[Variant, ...] = ("gate", "decoupled", "momentum_first", "bounded_dtnh")
     """Rules to try beside weighted_sum and dtnh; those of rules.py, the last two are controls."""
     scope: Literal["global", "layer", "leaf", "element"] = "layer"
     """Which parameters are one vector to dtnh and gate, and one row of the heat map."""

@@ -18,7 +18,17 @@ from examples.digits.config import Config
 from examples.digits.figure import draw
 from examples.digits.results import PLAIN, SOURCES, FineTuning, Method, Results
 
-COLUMNS = ("source", "regularizer", "λ", "rule", "accuracy", "− plain", "− sum", "conflict", "kept")
+COLUMNS = (
+    "source",
+    "regularizer",
+    "λ",
+    "rule",
+    "accuracy",
+    "− plain",
+    "− sum",
+    "conflict",
+    "removed",
+)
 MARKS = {"helps": " ▲", "hurts": " ▼", "within the spread": ""}
 
 
@@ -75,7 +85,7 @@ def table_rows(results: Results) -> list[list[str]]:
             runs = results.of(source, method)
             row[1:4] = method.regularizer, f"{method.reg_weight:g}", method.rule
             row[5:7] = marked(plain), weighted_sum
-            row[7:] = f"{100 * conflict_rate(runs):.0f} %", f"{100 * kept(runs):.0f} %"
+            row[7:] = f"{100 * conflict_rate(runs):.0f} %", f"{100 * removed(runs):.0f} %"
         rows.append(row)
     return rows
 
@@ -92,8 +102,9 @@ def summary(results: Results, cfg: Config) -> list[str]:
         f"{cfg.seeds} seeds. Differences, in points, pair the runs of a seed: against fine-tuning "
         "from the same source without a regularizer (plain), and against weighted_sum (sum). "
         "▲ helps, ▼ hurts: the mean is farther from 0 than the standard deviation. Conflict: the "
-        f"share of steps and {where} in which the two gradients of the mini-batch conflict. Kept: "
-        "the length of what the rule leaves of the regularizer's gradient, mean over the steps.",
+        f"share of steps and {where} in which the two gradients of the mini-batch conflict. "
+        "Removed: what the rule takes out of the regularizer's gradient, as a share of its "
+        "length, mean over the steps.",
         f"The fitting source gets {fitted:.1f} % of its training images and {fit_held_out:.1f} % "
         f"of held-out source images right. The unfitting source has learnt {memorised:.1f} % of "
         f"its random labels and gets {unfit_held_out:.1f} % of held-out images right.",
@@ -175,9 +186,9 @@ def conflict_rate(runs: Sequence[FineTuning]) -> float:
     return float(np.mean([run.conflict for run in runs]))
 
 
-def kept(runs: Sequence[FineTuning]) -> float:
-    """How much of the regularizer's gradient the rule leaves, a share of its length."""
-    return float(np.mean([run.kept for run in runs]))
+def removed(runs: Sequence[FineTuning]) -> float:
+    """How much of the regularizer's gradient the rule takes out, a share of its length."""
+    return float(np.mean([run.removed for run in runs]))
 
 
 def difference(these: np.ndarray, those: np.ndarray) -> Difference:
@@ -216,7 +227,7 @@ def as_json(results: Results, cfg: Config) -> dict[str, object]:
                 **dataclasses.asdict(run.method),
                 "accuracy": run.accuracy.tolist(),
                 "conflict_rate": conflict_rate([run]),
-                "kept": kept([run]) if np.isfinite(run.kept).all() else None,
+                "removed": removed([run]) if np.isfinite(run.removed).all() else None,
                 "conflict_rate_of_group": dict(
                     zip(run.groups, run.conflict.mean(axis=0).tolist(), strict=True)
                 ),

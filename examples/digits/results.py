@@ -32,7 +32,7 @@ class FineTuning:
         cosine: Between loss and regularizer gradient of the mini-batch, ``(steps, groups)``,
             whatever the rule holds against each other.
         conflict: Where that is negative, likewise.
-        kept: What the rule leaves of the regularizer's gradient, as a share of its length,
+        removed: What the rule takes out of the regularizer's gradient, as a share of its length,
             ``(steps,)``.
         groups: The names of the groups.
     """
@@ -43,7 +43,7 @@ class FineTuning:
     accuracy: np.ndarray
     cosine: np.ndarray
     conflict: np.ndarray
-    kept: np.ndarray
+    removed: np.ndarray
     groups: tuple[str, ...]
 
 

@@ -89,19 +89,6 @@ RULES: Mapping[str, Callable[[ArrayLike, Config], Optimizer]] = {
 }
 
 
-def kept(rule: str, opt_state: Any) -> jax.Array:
-    """What a rule left of the regularizer's gradient in the last step, as a share of its length."""
-    if rule == "bounded_dtnh":
-        # What it removes lies along what it keeps: in each group 1 minus the one is the other.
-        measured = opt_state[0].rule.measurement
-        length = optax.tree.norm(measured.reg_norm)
-        left = optax.tree.norm((1 - measured.removed) * measured.reg_norm)
-        return jnp.where(length > 0, left / jnp.where(length > 0, length, 1), 1)
-    # What the others keep is at right angles to what they remove.
-    removed = dtnh_jax.conflict_stats(opt_state).total.removed
-    return jnp.sqrt(jnp.maximum(1 - removed**2, 0))
-
-
 def is_shared(params: Any) -> Any:
     """All but the head, which no source has."""
     return {name: name != "head" for name in params}

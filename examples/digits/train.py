@@ -18,7 +18,7 @@ from examples.digits.config import Config
 from examples.digits.data import Split
 from examples.digits.models import Network
 from examples.digits.results import PLAIN, FineTuning, Method, Results
-from examples.digits.rules import RULES, is_shared, kept
+from examples.digits.rules import RULES, is_shared
 
 
 def run(cfg: Config) -> Results:
@@ -98,7 +98,7 @@ def fine_tune(
         accuracy=np.array(accuracies),
         cosine=np.stack([each.of_batch.per_group.cosine for each in measured]),
         conflict=np.stack([each.of_batch.per_group.conflict for each in measured]),
-        kept=np.array([each.kept for each in measured]),
+        removed=np.array([each.by_rule.total.removed for each in measured]),
         groups=measured[0].of_batch.groups,
     )
 
@@ -128,11 +128,11 @@ class Measured(NamedTuple):
 
     Attributes:
         of_batch: The conflict of the mini-batch's gradients, in the same groups for every rule.
-        kept: What the rule left of the regularizer's gradient, as a share of its length.
+        by_rule: The conflict that the rule saw, between what it holds against each other.
     """
 
     of_batch: dtnh_jax.ConflictStats
-    kept: jax.Array
+    by_rule: dtnh_jax.ConflictStats
 
 
 def training(
@@ -200,7 +200,7 @@ def train_step(
     (_, batch_stats), pair = objective(params)
     updates, opt_state = RULES[rule](reg_weight, cfg).update(pair, opt_state, params)
     network = Network(optax.apply_updates(params, updates), batch_stats)
-    measured = Measured(conflict(pair, cfg), kept(rule, opt_state))
+    measured = Measured(conflict(pair, cfg), dtnh_jax.conflict_stats(opt_state))
     return TrainState(network, opt_state), measured
 
 
