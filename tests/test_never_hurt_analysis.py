@@ -74,6 +74,17 @@ def test_differences_are_taken_in_pairs():
     assert found.strengths == list(STRENGTHS)
 
 
+def test_scratch_is_plain_training_from_random_weights():
+    part = replace(GRID.parts[0], sources=("tinyimagenet", "random_weights"))
+    found = study(grid=replace(GRID, parts=[part]))
+    for setting in found.accuracy:
+        wanted = EFFECTS[setting.rule][setting.strength] + 10 * (setting.source == "tinyimagenet")
+        np.testing.assert_allclose(found.against_scratch(setting), [wanted] * 3, atol=1e-9)
+    rows = tables.verdicts(found, "scratch")
+    assert [row[1] for row in rows[1:]] == ["9"] * 3  # those from random weights are left out
+    assert rows[0][3] == "below scratch"
+
+
 def test_plain_is_the_mean_of_its_runs():
     cell = Cell("a", "b", NONE, NONE, 0.0, 0, 0.1, None, test=True)
     results = [

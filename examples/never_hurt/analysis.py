@@ -8,6 +8,7 @@ import numpy as np
 from scipy import stats
 
 from examples.never_hurt.cell import NONE, Cell, Result
+from examples.never_hurt.sources import RANDOM_WEIGHTS
 
 LEVEL = 0.95
 RESAMPLES = 5000
@@ -161,6 +162,11 @@ class Study:
         """Accuracy minus that of plain fine-tuning, in points, seed by seed."""
         plain = self.plain[setting.pair]
         return np.array([x - plain[seed] for seed, x in sorted(self.accuracy[setting].items())])
+
+    def against_scratch(self, setting: Setting) -> np.ndarray:
+        """Accuracy minus that of training from random weights, in points, seed by seed."""
+        scratch = self.plain[Pair(RANDOM_WEIGHTS, setting.target)]
+        return np.array([x - scratch[seed] for seed, x in sorted(self.accuracy[setting].items())])
 
     def against_sum(self, setting: Setting) -> np.ndarray:
         """Accuracy minus that of the weighted sum of the same strength, in points."""

@@ -12,6 +12,7 @@ from examples.finetune.report import as_markdown_table
 from examples.never_hurt import figures, store, tables
 from examples.never_hurt.analysis import Study
 from examples.never_hurt.grids import GRIDS
+from examples.never_hurt.sources import RANDOM_WEIGHTS
 from examples.never_hurt.tables import Rows
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -56,7 +57,9 @@ def make_tables(studies: Mapping[str, Study]) -> dict[str, Rows]:
             made[f"strength-{regularizer}"] = tables.by_strength(small, regularizer=regularizer)
         made["worst"] = tables.worst_by_pair(small, small.rules)
         made["against-sum"] = tables.against_sum(small)
-        made["sum-verdicts"] = tables.verdicts(small, against_the_sum=True)
+        made["sum-verdicts"] = tables.verdicts(small, "the sum")
+        if any(pair.source == RANDOM_WEIGHTS for pair in small.plain):
+            made["scratch-verdicts"] = tables.verdicts(small, "scratch")
         made["gains"] = tables.gains(small)
         made["best"] = tables.best_by_pair(small, compared)
     if again := studies.get("again"):

@@ -18,6 +18,7 @@ from examples.never_hurt import batches, images
 from examples.never_hurt.images import Images
 
 RANDOM_WEIGHTS = "random_weights"
+"""Never trained: fine-tuning from it is training from scratch."""
 RANDOM_LABELS = "random_labels_"
 """Before the name of a data set: its images, each with a label that was drawn."""
 

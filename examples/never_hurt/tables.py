@@ -1,12 +1,14 @@
 """Every table, as rows of text whose first is the head."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
 from examples.never_hurt import analysis
 from examples.never_hurt.analysis import WEIGHTED_SUM, Estimate, Interval, Setting, Study
 from examples.never_hurt.grids import KINDS
+from examples.never_hurt.sources import RANDOM_WEIGHTS
 
 Rows = list[list[str]]
 
@@ -102,15 +104,21 @@ def plain(study: Study) -> Rows:
     return rows
 
 
-def verdicts(study: Study, *, against_the_sum: bool = False) -> Rows:
-    """For each rule how often it falls below plain fine-tuning, or the weighted sum."""
-    other = "the sum" if against_the_sum else "plain"
-    rows = [["rule", "settings", "mean", f"below {other}", "at once", "above", "worst setting"]]
+def verdicts(study: Study, against: Literal["plain", "the sum", "scratch"] = "plain") -> Rows:
+    """For each rule how often it falls below plain fine-tuning, or below something else."""
+    difference = {
+        "plain": study.against_plain,
+        "the sum": study.against_sum,
+        "scratch": study.against_scratch,
+    }[against]
+    rows = [["rule", "settings", "mean", f"below {against}", "at once", "above", "worst setting"]]
     for rule in study.rules:
-        if against_the_sum and rule == WEIGHTED_SUM:
+        if against == "the sum" and rule == WEIGHTED_SUM:
             continue
-        difference = study.against_sum if against_the_sum else study.against_plain
-        found = analysis.verdict(study.settings(rule=rule), difference)
+        settings = study.settings(rule=rule)
+        if against == "scratch":
+            settings = [each for each in settings if each.source != RANDOM_WEIGHTS]
+        found = analysis.verdict(settings, difference)
         rows.append(
             [
                 label(rule),
