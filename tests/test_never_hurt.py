@@ -397,6 +397,31 @@ def test_a_process_that_fails_or_dies_is_told():
         runner._follow([Process(0)], Said("ValueError: no folder"), lambda: None)
 
 
+def test_shares_are_all_cells_once(tmp_path):
+    grid, path = GRIDS["real"], tmp_path / "r.jsonl"
+    for cell in grid.tuning():
+        store.append(path, result(cell))
+    shares = [dict(command._stages(grid, (i, 3), path))["Cells"] for i in range(3)]
+    everything = grid.cells(store.read(path))
+    assert sorted(cell.key for share in shares for cell in share) == sorted(
+        cell.key for cell in everything
+    )
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Cores cannot be chosen here.")
+def test_one_core_is_one_core_and_then_all_again():
+    before = os.sched_getaffinity(0)
+    taken = set()
+    for number in range(2 * len(before)):
+        with runner.one_core(number):
+            inside = os.sched_getaffinity(0)
+            assert len(inside) == 1
+            taken |= inside
+        assert os.sched_getaffinity(0) == before
+    assert taken == before
+
+
 def test_cells_of_one_program_stay_together():
     cells = [
         replace(CELL, source=source, regularizer=regularizer, seed=seed)
