@@ -1,18 +1,19 @@
-"""What the regularizer's gradient is held against."""
+"""What the regularizer's gradient is compared with."""
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import optax
 
-from dtnh_jax._groups import Groups
-from dtnh_jax._tree import PyTree, is_absent, leaves_of
+from dtnh_jax._layout import Layout
+from dtnh_jax._tree import PyTree
 
 Reference = Literal["batch"] | optax.GradientTransformation
 
 
 def check_reference(reference: Reference) -> None:
-    """Refuses what is no reference."""
+    """Raises an error for a value that is not a reference."""
     if not (reference == "batch" or isinstance(reference, optax.GradientTransformation)):
         raise TypeError(
             "reference must be 'batch', the loss gradient itself, or an optax transformation that "
@@ -21,27 +22,30 @@ def check_reference(reference: Reference) -> None:
         )
 
 
-def init_reference(reference: Reference, params: PyTree, groups: Groups) -> Any:
+def init_reference(reference: Reference, layout: Layout) -> Any:
     """The state of the reference: nothing for ``"batch"``, or the transformation's own."""
     if isinstance(reference, str):
         return optax.EmptyState()
-    return reference.init(only_reached(params, groups))
+    return reference.init(layout.only_reached(layout.leaves))
 
 
 def reference_leaves(
-    reference: Reference, loss_grads: PyTree, state: Any, params: PyTree | None, groups: Groups
+    reference: Reference,
+    layout: Layout,
+    loss_grads: PyTree,
+    state: Any,
+    params: PyTree | None,
+    extra_args: Mapping[str, Any],
 ) -> tuple[list[Any], Any]:
-    """The leaves of the reference, absent where no group is, and its next state."""
+    """The reference for each leaf of ``layout``, ``None`` where no group is, and its next state."""
     if isinstance(reference, str):
-        return leaves_of(loss_grads), state
+        return layout.leaves, state
     if params is not None:
-        params = only_reached(params, groups)
-    tree, state = reference.update(only_reached(loss_grads, groups), state, params)
-    return leaves_of(tree), state
-
-
-def only_reached(tree: PyTree, groups: Groups) -> PyTree:
-    """``tree`` without the leaves that are in no group: what is kept of them needs no state."""
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_absent)
-    kept = zip(leaves, groups.row_of_leaf, strict=True)
-    return treedef.unflatten([optax.MaskedNode() if row is None else leaf for leaf, row in kept])
+        leaves = layout.over(params, loss_grads, what="params", over="loss_grads")
+        params = layout.only_reached(leaves)
+    transformation = optax.with_extra_args_support(reference)
+    tree, state = transformation.update(
+        layout.only_reached(layout.leaves), state, params, **extra_args
+    )
+    reached = iter(jax.tree.leaves(tree))
+    return [None if row is None else next(reached) for row in layout.rows], state
