@@ -221,7 +221,8 @@ def _changes(
             weights = _weights(weighting, element_geometry(r, b, dtype), of_rows[row])
             made.append(element_change(r, b, *weights, dtype))
         else:
-            made.append(change(r, b, *factors[row], dtype))
+            ref, reg = factors[row]
+            made.append(change(r, b, ref, reg, dtype))
         before = changes[leaf]
         changes[leaf] = made[-1] if before is None else total(before, made[-1])
     if not diagnostics or together is None:

@@ -113,7 +113,7 @@ def decoupled(
             pair.loss_grads, state.optimizer, params, **extra_args
         )
         changes, rule_state = changes_of(pair, state.rule, params, **extra_args)
-        rate = -_at(learning_rate, state.rule.count)
+        rate = -jnp.asarray(_at(learning_rate, state.rule.count))
         leaves, treedef = jax.tree.flatten(steps)
         together = [
             leaf

@@ -100,9 +100,9 @@ def element_change(
 ) -> jax.Array:
     """One leaf of ``ref r̂ + reg b``, where ``r̂`` is the sign of ``r``."""
     # |b| sign(b), so that what is dropped is exactly 0 where a compiler fuses multiply and add.
-    signs = [jnp.sign(scaled(x, 1, dtype)) for x in (r, b)]
+    r_hat, b_hat = (jnp.sign(scaled(x, 1, dtype)) for x in (r, b))
     reg = reg * jnp.abs(scaled(b, 1, dtype))
-    return change(*signs, ref, reg, dtype)
+    return change(r_hat, b_hat, ref, reg, dtype)
 
 
 def scaled(x: jax.Array, factor: jax.typing.ArrayLike, dtype: np.dtype) -> jax.Array:

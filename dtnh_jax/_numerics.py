@@ -10,7 +10,8 @@ _WIDE = {np.dtype(np.float64), np.dtype(np.complex128)}
 
 def compute_dtype(*dtypes: DTypeLike) -> np.dtype:
     """The real dtype to compute in: float64 where one of ``dtypes`` is that wide, or float32."""
-    return np.dtype(np.float32 if _WIDE.isdisjoint(map(np.dtype, dtypes)) else np.float64)
+    is_wide = not _WIDE.isdisjoint([np.dtype(dtype) for dtype in dtypes])
+    return np.dtype(np.float64 if is_wide else np.float32)
 
 
 def widened(x: jax.Array, dtype: np.dtype) -> jax.Array:

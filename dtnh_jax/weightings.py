@@ -23,6 +23,25 @@ import jax.numpy as jnp
 
 from dtnh_jax._numerics import ratio
 
+__all__ = [
+    "Geometry",
+    "Weights",
+    "agem",
+    "bounded",
+    "cagrad",
+    "config",
+    "cosine",
+    "dynamic_barrier",
+    "gate",
+    "imtl_g",
+    "mgda",
+    "orthogonal",
+    "pcgrad",
+    "project",
+    "upgrad",
+    "weighted_sum",
+]
+
 
 class Geometry(NamedTuple):
     r"""How the reference and the regularizer gradient of a group lie to each other.
@@ -65,17 +84,80 @@ Weighting = Callable[[Geometry, jax.Array], Weights]
 
 
 def weighted_sum(geometry: Geometry, reg_weight: jax.Array) -> Weights:
-    """``d = a + λ b``."""
+    r"""Keeps all of the regularizer gradient.
+
+    $$d = a + \lambda\,b$$
+
+    Args:
+        geometry: Of one group, or arrays with one number for each of many.
+        reg_weight: $\lambda$, a scalar, or an array like those of `geometry`.
+
+    Returns:
+        The weights, arrays like those of `geometry`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import weightings
+        >>> opposing = weightings.Geometry(*jnp.array([1.0, 2.0, -1.0]))
+        >>> ref, reg = weightings.weighted_sum(opposing, jnp.array(0.5))
+        >>> print(f"({ref:.3f}, {reg:.3f})")
+        (0.000, 0.500)
+
+    References:
+        Li, Grandvalet, Davoine, ICML 2018 (arXiv:1802.01483), whose training this is.
+    """
     return Weights(jnp.zeros_like(geometry.along), reg_weight)
 
 
 def project(geometry: Geometry, reg_weight: jax.Array) -> Weights:
-    """``d = a + λ (b - min(0, ⟨r̂,b⟩) r̂)``."""
+    r"""Removes from the regularizer gradient what conflicts with the reference.
+
+    $$d = a + \lambda\,(b - \min(0, \langle\hat r,b\rangle)\,\hat r)$$
+
+    Args:
+        geometry: Of one group, or arrays with one number for each of many.
+        reg_weight: $\lambda$, a scalar, or an array like those of `geometry`.
+
+    Returns:
+        The weights, arrays like those of `geometry`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import weightings
+        >>> opposing = weightings.Geometry(*jnp.array([1.0, 2.0, -1.0]))
+        >>> ref, reg = weightings.project(opposing, jnp.array(0.5))
+        >>> print(f"({ref:.3f}, {reg:.3f})")
+        (0.500, 0.500)
+
+    References:
+        Wan et al., ICDM 2019 (arXiv:1911.07489).
+    """
     return _without(jnp.minimum(geometry.along, 0), reg_weight)
 
 
 def orthogonal(geometry: Geometry, reg_weight: jax.Array) -> Weights:
-    """``d = a + λ (b - ⟨r̂,b⟩ r̂)``."""
+    r"""Removes from the regularizer gradient its component along the reference.
+
+    $$d = a + \lambda\,(b - \langle\hat r,b\rangle\,\hat r)$$
+
+    Args:
+        geometry: Of one group, or arrays with one number for each of many.
+        reg_weight: $\lambda$, a scalar, or an array like those of `geometry`.
+
+    Returns:
+        The weights, arrays like those of `geometry`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import weightings
+        >>> opposing = weightings.Geometry(*jnp.array([1.0, 2.0, -1.0]))
+        >>> ref, reg = weightings.orthogonal(opposing, jnp.array(0.5))
+        >>> print(f"({ref:.3f}, {reg:.3f})")
+        (0.500, 0.500)
+
+    References:
+        Xiong et al., *GrOD*, ACM TKDD 2022 (doi:10.1145/3530836), in the authors' published code.
+    """
     return _without(geometry.along, reg_weight)
 
 
@@ -84,12 +166,54 @@ def _without(component: jax.Array, reg_weight: jax.Array) -> Weights:
 
 
 def gate(geometry: Geometry, reg_weight: jax.Array) -> Weights:
-    """``d = a + λ [⟨r̂,b⟩ ≥ 0] b``."""
+    r"""Drops the regularizer gradient on conflict.
+
+    $$d = a + \lambda\,[\langle\hat r,b\rangle \ge 0]\,b$$
+
+    Args:
+        geometry: Of one group, or arrays with one number for each of many.
+        reg_weight: $\lambda$, a scalar, or an array like those of `geometry`.
+
+    Returns:
+        The weights, arrays like those of `geometry`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import weightings
+        >>> opposing = weightings.Geometry(*jnp.array([1.0, 2.0, -1.0]))
+        >>> ref, reg = weightings.gate(opposing, jnp.array(0.5))
+        >>> print(f"({ref:.3f}, {reg:.3f})")
+        (0.000, 0.000)
+
+    References:
+        Du et al., 2018 (arXiv:1812.02224), the unweighted form.
+    """
     return _scaled(geometry.along >= 0, reg_weight)
 
 
 def cosine(geometry: Geometry, reg_weight: jax.Array) -> Weights:
-    """``d = a + λ max(0, cos(r, b)) b``; all of ``b`` where ``r = 0`` has nothing to protect."""
+    r"""Scales the regularizer gradient by its cosine with the reference, or by 1 where $r = 0$.
+
+    $$d = a + \lambda\,\max(0, \cos(r, b))\,b$$
+
+    Args:
+        geometry: Of one group, or arrays with one number for each of many.
+        reg_weight: $\lambda$, a scalar, or an array like those of `geometry`.
+
+    Returns:
+        The weights, arrays like those of `geometry`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import weightings
+        >>> opposing = weightings.Geometry(*jnp.array([1.0, 2.0, -1.0]))
+        >>> ref, reg = weightings.cosine(opposing, jnp.array(0.5))
+        >>> print(f"({ref:.3f}, {reg:.3f})")
+        (0.000, 0.000)
+
+    References:
+        Du et al., 2018 (arXiv:1812.02224).
+    """
     cos = jnp.clip(ratio(geometry.along, geometry.reg_norm), 0, 1)
     return _scaled(jnp.where(geometry.ref_norm > 0, cos, 1), reg_weight)
 
@@ -100,7 +224,30 @@ def _scaled(share: jax.Array, reg_weight: jax.Array) -> Weights:
 
 
 def bounded(weights: Weights, geometry: Geometry, max_ratio: jax.typing.ArrayLike) -> Weights:
-    """``d - a`` made shorter where it is longer than ``max_ratio ‖r‖``."""
+    r"""Shortens what a weighting adds to the loss gradient, where it is longer than a bound.
+
+    $$d - a \;\mapsto\;
+    \min\left(1, \frac{\kappa\,\lVert r\rVert}{\lVert d - a\rVert}\right)(d - a)$$
+
+    Args:
+        weights: What a weighting returned.
+        geometry: What it was called with.
+        max_ratio: $\kappa \ge 0$.
+
+    Returns:
+        The weights, both multiplied by the same number in [0, 1].
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import weightings
+        >>> geometry = weightings.Geometry(*jnp.array([5.0, 2.0, 1.0]))
+        >>> ref, reg = weightings.weighted_sum(geometry, jnp.array(100.0))
+        >>> print(weightings.bounded(weightings.Weights(ref, reg), geometry, 1.0).reg)
+        2.5
+
+    References:
+        A bound by the ratio of two gradients' norms: He et al., *MetaBalance*, WWW 2022.
+    """
     # Relative to the larger part, so that nothing is squared that could overflow.
     ref, reg = jnp.abs(weights.ref), jnp.abs(weights.reg) * geometry.reg_norm
     largest = jnp.maximum(ref, reg)
@@ -113,19 +260,83 @@ def bounded(weights: Weights, geometry: Geometry, max_ratio: jax.typing.ArrayLik
 
 
 def dynamic_barrier(geometry: Geometry, reg_weight: jax.Array) -> Weights:
-    """``d = a + λ b - min(λ ⟨â,b⟩, ‖a‖) â``."""
+    r"""Removes the component along the loss gradient, up to a barrier.
+
+    $$d = a + \lambda\,b - \min(\lambda\langle\hat a,b\rangle, \lVert a\rVert)\,\hat a$$
+
+    Args:
+        geometry: Of one group, or arrays with one number for each of many.
+        reg_weight: $\lambda$, a scalar, or an array like those of `geometry`.
+
+    Returns:
+        The weights, arrays like those of `geometry`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import weightings
+        >>> opposing = weightings.Geometry(*jnp.array([1.0, 2.0, -1.0]))
+        >>> ref, reg = weightings.dynamic_barrier(opposing, jnp.array(0.5))
+        >>> print(f"({ref:.3f}, {reg:.3f})")
+        (0.500, 0.500)
+
+    References:
+        Gong, Liu, Liu, NeurIPS 2021, in the form of arXiv:2402.02998.
+    """
     along = reg_weight * geometry.along
     return Weights(-jnp.minimum(along, geometry.ref_norm), reg_weight)
 
 
 def agem(geometry: Geometry, reg_weight: jax.Array) -> Weights:
-    """``d = g - min(0, ⟨g,â⟩) â``, ``g = a + λ b``."""
+    r"""Projects the weighted sum where it opposes the loss gradient.
+
+    $$g = a + \lambda b, \qquad d = g - \min(0, \langle g,\hat a\rangle)\,\hat a$$
+
+    Args:
+        geometry: Of one group, or arrays with one number for each of many.
+        reg_weight: $\lambda$, a scalar, or an array like those of `geometry`.
+
+    Returns:
+        The weights, arrays like those of `geometry`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import weightings
+        >>> opposing = weightings.Geometry(*jnp.array([1.0, 2.0, -1.0]))
+        >>> ref, reg = weightings.agem(opposing, jnp.array(0.5))
+        >>> print(f"({ref:.3f}, {reg:.3f})")
+        (-0.000, 0.500)
+
+    References:
+        Chaudhry et al., ICLR 2019 (arXiv:1812.00420), eq. 11.
+    """
     along = geometry.ref_norm + reg_weight * geometry.along
     return Weights(-jnp.minimum(along, 0), reg_weight)
 
 
 def pcgrad(geometry: Geometry, reg_weight: jax.Array) -> Weights:
-    """``a - min(0, ⟨a,b̂⟩) b̂`` and ``λ b - min(0, ⟨λb,â⟩) â`` together."""
+    r"""On conflict, projects each gradient off the other before it adds them.
+
+    $$d = (a - \min(0, \langle a,\hat b\rangle)\,\hat b)
+    + \lambda\,(b - \min(0, \langle b,\hat a\rangle)\,\hat a)$$
+
+    Args:
+        geometry: Of one group, or arrays with one number for each of many.
+        reg_weight: $\lambda$, a scalar, or an array like those of `geometry`.
+
+    Returns:
+        The weights, arrays like those of `geometry`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import weightings
+        >>> opposing = weightings.Geometry(*jnp.array([1.0, 2.0, -1.0]))
+        >>> ref, reg = weightings.pcgrad(opposing, jnp.array(0.5))
+        >>> print(f"({ref:.3f}, {reg:.3f})")
+        (0.500, 0.750)
+
+    References:
+        Yu et al., NeurIPS 2020 (arXiv:2001.06782), algorithm 1 for two tasks.
+    """
     against = jnp.minimum(geometry.along, 0)
     # Where λ = 0 there is no second task for a to be held against.
     cos_share = ratio(against, geometry.reg_norm)
@@ -134,13 +345,57 @@ def pcgrad(geometry: Geometry, reg_weight: jax.Array) -> Weights:
 
 
 def upgrad(geometry: Geometry, reg_weight: jax.Array) -> Weights:
-    """Half of PCGrad's sum."""
+    r"""The mean of both gradients, each projected off the other on conflict.
+
+    $$d = \tfrac12\,d_{\text{PCGrad}}$$
+
+    Args:
+        geometry: Of one group, or arrays with one number for each of many.
+        reg_weight: $\lambda$, a scalar, or an array like those of `geometry`.
+
+    Returns:
+        The weights, arrays like those of `geometry`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import weightings
+        >>> opposing = weightings.Geometry(*jnp.array([1.0, 2.0, -1.0]))
+        >>> ref, reg = weightings.upgrad(opposing, jnp.array(0.5))
+        >>> print(f"({ref:.3f}, {reg:.3f})")
+        (-0.250, 0.375)
+
+    References:
+        Quinton, Rey, 2024 (arXiv:2406.16232), for two gradients.
+    """
     twice = pcgrad(geometry, reg_weight)
     return Weights((twice.ref - geometry.ref_norm) / 2, twice.reg / 2)
 
 
 def mgda(geometry: Geometry, reg_weight: jax.Array) -> Weights:
-    """The shortest ``t a + (1-t) λ b``, ``t = clip((‖λb‖² - ⟨a,λb⟩) / ‖a - λb‖², 0, 1)``."""
+    r"""The shortest vector between the two gradients.
+
+    $$d = t\,a + (1-t)\,\lambda b, \qquad
+    t = \mathrm{clip}\left(\frac{\lVert\lambda b\rVert^2 - \langle a,\lambda b\rangle}
+    {\lVert a - \lambda b\rVert^2}, 0, 1\right)$$
+
+    Args:
+        geometry: Of one group, or arrays with one number for each of many.
+        reg_weight: $\lambda$, a scalar, or an array like those of `geometry`.
+
+    Returns:
+        The weights, arrays like those of `geometry`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import weightings
+        >>> opposing = weightings.Geometry(*jnp.array([1.0, 2.0, -1.0]))
+        >>> ref, reg = weightings.mgda(opposing, jnp.array(0.5))
+        >>> print(f"({ref:.3f}, {reg:.3f})")
+        (-0.500, 0.250)
+
+    References:
+        Désidéri, 2012; Sener, Koltun, NeurIPS 2018 (arXiv:1810.04650), algorithm 1.
+    """
     aa, ab, bb = _relative_products(geometry, reg_weight)
     distance = aa - 2 * ab + bb
     beta = jnp.where(distance > 0, jnp.clip(ratio(aa - ab, distance), 0, 1), 0.5)
@@ -148,18 +403,64 @@ def mgda(geometry: Geometry, reg_weight: jax.Array) -> Weights:
 
 
 def imtl_g(geometry: Geometry, reg_weight: jax.Array) -> Weights:
-    """``d = (‖λb‖ a + ‖a‖ λb) / (‖a‖ + ‖λb‖)``: the same projection onto both."""
+    r"""The combination whose projections onto both gradients are equally long.
+
+    $$d = \frac{\lVert\lambda b\rVert\,a
+    + \lVert a\rVert\,\lambda b}{\lVert a\rVert + \lVert\lambda b\rVert}$$
+
+    Args:
+        geometry: Of one group, or arrays with one number for each of many.
+        reg_weight: $\lambda$, a scalar, or an array like those of `geometry`.
+
+    Returns:
+        The weights, arrays like those of `geometry`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import weightings
+        >>> opposing = weightings.Geometry(*jnp.array([1.0, 2.0, -1.0]))
+        >>> ref, reg = weightings.imtl_g(opposing, jnp.array(0.5))
+        >>> print(f"({ref:.3f}, {reg:.3f})")
+        (-0.500, 0.250)
+
+    References:
+        Liu et al., *Towards Impartial Multi-Task Learning*, ICLR 2021.
+    """
     a_norm, b_norm, _ = _relative_norms(geometry, reg_weight)
     beta = ratio(a_norm, a_norm + b_norm)
     return _of_shares(-beta, beta, geometry, reg_weight)
 
 
 def cagrad(geometry: Geometry, reg_weight: jax.Array, c: float = 0.5) -> Weights:
-    """``d = g₀ + c ‖g₀‖ g_w / ‖g_w‖`` for the mean ``g₀`` and the worst ``g_w = t a + (1-t) λ b``.
+    r"""The best for the worse-off objective within a ball around the mean gradient.
 
-    ``t`` in [0, 1] minimises ``⟨g_w, g₀⟩ + c ‖g₀‖ ‖g_w‖``: with ``S = ‖a - λb‖²``,
-    ``μ = (‖λb‖² - ⟨a,λb⟩)/S``, ``q = ‖λb‖² - S μ²``, ``A = (‖a‖² - ‖λb‖²)/2``, ``K = c ‖g₀‖`` it is
-    ``μ - A sqrt(q / (S (K² S - A²)))`` where ``K² S > A²``, and at an end elsewhere.
+    $$d = g_0 + c\,\lVert g_0\rVert\,\frac{g_t}{\lVert g_t\rVert}, \qquad
+    g_0 = \tfrac12(a + \lambda b), \quad g_t = t\,a + (1-t)\,\lambda b$$
+
+    With $S = \lVert a - \lambda b\rVert^2$, $\mu = (\lVert\lambda b\rVert^2 - \langle a,\lambda b
+    \rangle)/S$, $q = \lVert\lambda b\rVert^2 - S\mu^2$, $A = (\lVert a\rVert^2 -
+    \lVert\lambda b\rVert^2)/2$ and $K = c\,\lVert g_0\rVert$, the minimum of $\langle g_t,
+    g_0\rangle + K\,\lVert g_t\rVert$ over $t \in [0, 1]$ is at $\mu - A\sqrt{q/(S(K^2S - A^2))}$
+    where $K^2S > A^2$, and at an end of the interval elsewhere.
+
+    Args:
+        geometry: Of one group, or arrays with one number for each of many.
+        reg_weight: $\lambda$, a scalar, or an array like those of `geometry`.
+        c: The radius of the ball relative to the mean gradient, in [0, 1).
+
+    Returns:
+        The weights, arrays like those of `geometry`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import weightings
+        >>> opposing = weightings.Geometry(*jnp.array([1.0, 2.0, -1.0]))
+        >>> ref, reg = weightings.cagrad(opposing, jnp.array(0.5))
+        >>> print(f"({ref:.3f}, {reg:.3f})")
+        (-0.250, 0.375)
+
+    References:
+        Liu et al., NeurIPS 2021 (arXiv:2110.14048), algorithm 1.
     """
     aa, ab, bb = _relative_products(geometry, reg_weight)
     s = jnp.maximum(aa - 2 * ab + bb, 0)
@@ -177,10 +478,30 @@ def cagrad(geometry: Geometry, reg_weight: jax.Array, c: float = 0.5) -> Weights
 
 
 def config(geometry: Geometry, reg_weight: jax.Array) -> Weights:
-    """``d = (⟨a,v⟩ + ⟨λb,v⟩) v`` along ``v``, the bisector of ``a`` and ``b``.
+    r"""Along the bisector of the two gradients, as far as both together reach.
 
-    For two gradients the method's ``v = U(U(O(a,b)) + U(O(b,a)))`` is the bisector of their unit
-    vectors, and the whole ``(‖a‖ + ‖λb‖)/2 (â + b̂)``.
+    $$d = \tfrac12\,(\lVert a\rVert + \lVert\lambda b\rVert)\,(\hat a + \hat b)$$
+
+    For two gradients the method's $v = U(U(O(a,b)) + U(O(b,a)))$ bisects them, and this form also
+    holds for parallel ones.
+
+    Args:
+        geometry: Of one group, or arrays with one number for each of many.
+        reg_weight: $\lambda$, a scalar, or an array like those of `geometry`.
+
+    Returns:
+        The weights, arrays like those of `geometry`.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import weightings
+        >>> opposing = weightings.Geometry(*jnp.array([1.0, 2.0, -1.0]))
+        >>> ref, reg = weightings.config(opposing, jnp.array(0.5))
+        >>> print(f"({ref:.3f}, {reg:.3f})")
+        (0.000, 0.500)
+
+    References:
+        Liu, Chu, Thuerey, 2024 (arXiv:2408.11104), for two losses.
     """
     half = (geometry.ref_norm + reg_weight * geometry.reg_norm) / 2
     ref = jnp.where(geometry.ref_norm > 0, half, 0) - geometry.ref_norm
