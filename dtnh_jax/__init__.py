@@ -9,6 +9,7 @@ from dtnh_jax._decoupled import add_l2_sp, decoupled
 from dtnh_jax._gradients import value_and_gradient_pair
 from dtnh_jax._optimizers import bounded_dtnh, dtnh_adamw, dtnh_sgd
 from dtnh_jax._pair import GradientPair
+from dtnh_jax._reference import HeldOutGrads, every_k_steps, held_out
 from dtnh_jax._rivals import (
     agem,
     bloop,
@@ -31,6 +32,7 @@ __all__ = [
     "Conflict",
     "ConflictStats",
     "GradientPair",
+    "HeldOutGrads",
     "PairState",
     "accumulate_pairs",
     "add_l2_sp",
@@ -46,7 +48,9 @@ __all__ = [
     "dtnh_adamw",
     "dtnh_sgd",
     "dynamic_barrier",
+    "every_k_steps",
     "gradient_cosine",
+    "held_out",
     "imtl_g",
     "mgda",
     "pcgrad",

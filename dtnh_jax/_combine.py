@@ -1,7 +1,7 @@
 """The link that every rule is: a pair of gradients in, one direction out."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import optax
 from jax.core import Tracer
 
 from dtnh_jax._geometry import (
+    Part,
     change,
     element_change,
     element_geometry,
@@ -20,7 +21,14 @@ from dtnh_jax._geometry import (
 from dtnh_jax._layout import Layout, Mask, Scope, check_scope, lay_out
 from dtnh_jax._numerics import compute_dtype, ratio
 from dtnh_jax._pair import RIGHT_CALLS, GradientPair, takes_pairs
-from dtnh_jax._reference import Reference, check_reference, init_reference, reference_leaves
+from dtnh_jax._reference import (
+    Reference,
+    as_held_out,
+    check_reference,
+    init_reference,
+    is_usable,
+    reference_leaves,
+)
 from dtnh_jax._stats import (
     Measurement,
     PairState,
@@ -30,10 +38,11 @@ from dtnh_jax._stats import (
     removed_share,
 )
 from dtnh_jax._tree import PyTree, is_array, path_name
-from dtnh_jax.weightings import Geometry, Weighting, Weights, weighted_sum
+from dtnh_jax.weightings import Geometry, Weighting, Weights, bounded, weighted_sum
 
 Weight = jax.typing.ArrayLike | optax.Schedule
 RegWeight = Weight | Sequence[Weight]
+BoundBy = Literal["current", "running_max"]
 
 
 def combine_pair(
@@ -43,6 +52,8 @@ def combine_pair(
     scope: Scope = "global",
     mask: Mask = None,
     reference: Reference = "batch",
+    max_ratio: float | None = None,
+    bound_by: BoundBy = "current",
     several: Literal["each", "sum"] = "each",
     diagnostics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -67,6 +78,8 @@ def combine_pair(
         scope: As in [`dtnh`][dtnh_jax.dtnh].
         mask: As in [`dtnh`][dtnh_jax.dtnh].
         reference: As in [`dtnh`][dtnh_jax.dtnh].
+        max_ratio: As in [`dtnh`][dtnh_jax.dtnh]: a bound on what the weighting adds to $a$.
+        bound_by: As in [`dtnh`][dtnh_jax.dtnh].
         several: What to do where `reg_weight` is a sequence. `"each"` applies the weighting to each
             regularizer and adds what each adds to $a$; `"sum"` applies it once, to
             $\sum_k \lambda_k b_k$ with a weight of 1.
@@ -101,7 +114,7 @@ def combine_pair(
         `dtnh_jax.weightings.project`.
     """
     init, changes_of = pair_changes(
-        weighting, reg_weight, scope, mask, reference, several, diagnostics
+        weighting, reg_weight, scope, mask, reference, max_ratio, bound_by, several, diagnostics
     )
 
     def update(
@@ -124,6 +137,8 @@ def pair_changes(
     scope: Scope,
     mask: Mask,
     reference: Reference = "batch",
+    max_ratio: float | None = None,
+    bound_by: BoundBy = "current",
     several: Literal["each", "sum"] = "each",
     diagnostics: bool = True,
 ) -> tuple[optax.TransformInitFn, Callable[..., tuple[list[jax.Array | None], PairState]]]:
@@ -137,6 +152,8 @@ def pair_changes(
     weights = _as_weights(reg_weight)
     check_scope(scope)
     check_reference(reference)
+    by_element = isinstance(scope, str) and scope == "element"
+    _check_bound(max_ratio, bound_by, by_element)
     if several not in ("each", "sum"):
         raise ValueError(f"several must be 'each' or 'sum'; got {several!r}.")
     is_sequence = isinstance(reg_weight, tuple | list)
@@ -154,6 +171,7 @@ def pair_changes(
             # params, and wants to find that in the place of whatever params decide.
             groups=dict.fromkeys(names) if layout.leaves else params,
             reference=init_reference(reference, layout),
+            largest=jnp.zeros(len(names), dtype) if bound_by == "running_max" else None,
         )
 
     def changes_of(
@@ -169,9 +187,12 @@ def pair_changes(
         refs, reference_state = reference_leaves(
             reference, layout, pair.loss_grads, state.reference, params, extra_args
         )
-        by_element = isinstance(scope, str) and scope == "element"
-        changes, measurement = _changes(
-            weighting, values, refs, regs, layout, by_element, diagnostics
+        if (usable := is_usable(reference, reference_state)) is not None:
+            values = [jnp.where(usable, value, 0.0) for value in values]
+        combination = _Combination(weighting, max_ratio, by_element, diagnostics)
+        bounds = layout.leaves if as_held_out(reference) else refs
+        changes, measurement, largest = combination(
+            values, refs, bounds, regs, layout, state.largest
         )
         if diagnostics:
             # The state keeps its dtypes whatever the gradients' are: a scan carries it.
@@ -179,71 +200,110 @@ def pair_changes(
                 lambda new, old: new.astype(old.dtype), measurement, state.measurement
             )
         count = jnp.asarray(optax.safe_increment(state.count))
-        return changes, PairState(count, measurement, state.groups, reference_state)
+        return changes, PairState(count, measurement, state.groups, reference_state, largest)
 
     return init, changes_of
 
 
-def _changes(
-    weighting: Weighting,
-    reg_weights: Sequence[jax.typing.ArrayLike],
-    refs: list[Any],
-    regs: Sequence[list[jax.Array | None]],
-    layout: Layout,
-    by_element: bool,
-    diagnostics: bool,
-) -> tuple[list[jax.Array | None], Measurement | None]:
-    """What the regularizers add to each leaf, and what was measured."""
-    n_groups = len(layout.names)
-    # The groups of one regularizer after those of another: one row for each.
-    parts = [
-        (leaf, jnp.asarray(refs[leaf]), b, k * n_groups + row)
-        for k, of_leaves in enumerate(regs)
-        for leaf, (b, row) in enumerate(zip(of_leaves, layout.rows, strict=True))
-        if b is not None and row is not None
-    ]
-    dtype = compute_dtype(
-        *[jnp.result_type(x) for x in refs if x is not None], *[b.dtype for _, _, b, _ in parts]
-    )
-    of_rows = [jnp.asarray(w, dtype) for w in reg_weights for _ in range(n_groups)]
-    each, together = [Geometry(*[jnp.zeros([], dtype)] * 3)] * len(of_rows), None
-    if diagnostics or not (by_element or weighting is weighted_sum):
-        each, together = geometries([part[1:] for part in parts], len(of_rows), dtype)
-    factors = []
-    if not by_element:
-        for geometry, reg_weight in zip(each, of_rows, strict=True):
-            weights = _weights(weighting, geometry, reg_weight)
-            factors.append((ratio(weights.ref, geometry.ref_norm), weights.reg))
-    changes: list[jax.Array | None] = [None] * len(refs)
-    made = []
-    for leaf, r, b, row in parts:
-        if by_element:
-            weights = _weights(weighting, element_geometry(r, b, dtype), of_rows[row])
-            made.append(element_change(r, b, *weights, dtype))
-        else:
-            ref, reg = factors[row]
-            made.append(change(r, b, ref, reg, dtype))
-        before = changes[leaf]
-        changes[leaf] = made[-1] if before is None else total(before, made[-1])
-    if not diagnostics or together is None:
-        return changes, None
-    reg_weight = jnp.asarray(of_rows, dtype)
-    if by_element:
-        kept = zip((b for _, _, b, _ in parts), made, (row for *_, row in parts), strict=True)
-        removed = removed_by_element(together, kept, reg_weight)
-    else:
-        removed = removed_share(together, _weights(weighting, together, reg_weight), reg_weight)
-    return changes, measure(together, removed)
+class _Combination(NamedTuple):
+    """What one update does with the leaves of both trees."""
 
+    weighting: Weighting
+    max_ratio: jax.typing.ArrayLike | None
+    by_element: bool
+    diagnostics: bool
 
-def _weights(weighting: Weighting, geometry: Geometry, reg_weight: jax.Array) -> Weights:
-    weights = weighting(geometry, reg_weight)
-    if not isinstance(weights, tuple) or len(weights) != 2:
-        raise TypeError(
-            "A weighting must return dtnh_jax.weightings.Weights(ref, reg), two arrays; got "
-            f"{type(weights).__name__}."
+    def __call__(
+        self,
+        reg_weights: Sequence[jax.typing.ArrayLike],
+        refs: list[Any],
+        bounds: list[Any],
+        regs: Sequence[list[jax.Array | None]],
+        layout: Layout,
+        largest: jax.Array | None,
+    ) -> tuple[list[jax.Array | None], Measurement | None, jax.Array | None]:
+        """Combines.
+
+        Args:
+            reg_weights: λ of each regularizer.
+            refs: The reference, leaf by leaf.
+            bounds: What ``max_ratio`` is relative to, likewise: often the same list.
+            regs: The regularizers' gradients, ``None`` where they do not reach.
+            layout: Of the loss gradient.
+            largest: The largest norm of ``bounds`` so far, for each group, if it is kept.
+
+        Returns:
+            What the regularizers add to each leaf, what was measured, and the next ``largest``.
+        """
+        n_groups = len(layout.names)
+        # The groups of one regularizer after those of another: one row for each.
+        parts = [
+            Part(leaf, jnp.asarray(refs[leaf]), b, jnp.asarray(bounds[leaf]), k * n_groups + row)
+            for k, of_leaves in enumerate(regs)
+            for leaf, (b, row) in enumerate(zip(of_leaves, layout.rows, strict=True))
+            if b is not None and row is not None
+        ]
+        dtype = compute_dtype(*[x.dtype for part in parts for x in part[1:4]])
+        lambdas = [jnp.asarray(w, dtype) for w in reg_weights for _ in range(n_groups)]
+        needs_geometry = not (self.by_element or self.weighting is weighted_sum)
+        needs_bound = self.max_ratio is not None and not self.by_element
+        each, together, bound_norms = (
+            [Geometry(*[jnp.zeros([], dtype)] * 3)] * len(lambdas),
+            None,
+            None,
         )
-    return Weights(*[jnp.asarray(x, geometry.along.dtype) for x in weights])
+        if self.diagnostics or needs_geometry or needs_bound:
+            is_apart = needs_bound and bounds is not refs
+            each, together, bound_norms = geometries(parts, len(lambdas), dtype, is_apart)
+        if largest is not None and bound_norms is not None:
+            bound_norms = [
+                jnp.maximum(x, largest[i].astype(dtype)) for i, x in enumerate(bound_norms)
+            ]
+            largest = jnp.asarray(bound_norms).astype(largest.dtype)
+        factors = []
+        if not self.by_element:
+            for row, geometry in enumerate(each):
+                norm = None if bound_norms is None else bound_norms[row]
+                weights = self.weights(geometry, lambdas[row], norm)
+                factors.append((ratio(weights.ref, geometry.ref_norm), weights.reg))
+        changes: list[jax.Array | None] = [None] * len(refs)
+        made = []
+        for leaf, r, b, bound, row in parts:
+            if self.by_element:
+                weights = self.weights(element_geometry(r, b, dtype), lambdas[row], jnp.abs(bound))
+                made.append(element_change(r, b, *weights, dtype))
+            else:
+                ref, reg = factors[row]
+                made.append(change(r, b, ref, reg, dtype))
+            before = changes[leaf]
+            changes[leaf] = made[-1] if before is None else total(before, made[-1])
+        if not self.diagnostics or together is None:
+            return changes, None, largest
+        reg_weight = jnp.asarray(lambdas, dtype)
+        if self.by_element:
+            kept = [(part.b, by, part.row) for part, by in zip(parts, made, strict=True)]
+            removed = removed_by_element(together, kept, reg_weight)
+        else:
+            norms = None if bound_norms is None else jnp.asarray(bound_norms, dtype)
+            removed = removed_share(together, self.weights(together, reg_weight, norms), reg_weight)
+        return changes, measure(together, removed), largest
+
+    def weights(
+        self, geometry: Geometry, reg_weight: jax.Array, bound_norm: jax.Array | None
+    ) -> Weights:
+        """What the weighting returns, checked and bounded."""
+        weights = self.weighting(geometry, reg_weight)
+        if not isinstance(weights, tuple) or len(weights) != 2:
+            raise TypeError(
+                "A weighting must return dtnh_jax.weightings.Weights(ref, reg), two arrays; got "
+                f"{type(weights).__name__}."
+            )
+        dtype = geometry.along.dtype
+        ref, reg = (jnp.asarray(x, dtype) for x in weights)
+        if self.max_ratio is None or bound_norm is None:
+            return Weights(ref, reg)
+        limit = jnp.asarray(self.max_ratio, dtype) * bound_norm.astype(dtype)
+        return bounded(Weights(ref, reg), geometry, limit)
 
 
 def _matched(layout: Layout, reg_grads: PyTree, loss_grads: PyTree) -> list[jax.Array | None]:
@@ -316,6 +376,27 @@ def _check_reg_weight(reg_weight: Any) -> None:
             "reg_weight must be a number >= 0: it multiplies the regularizer's gradient; "
             f"got {reg_weight!r}."
         )
+
+
+def _check_bound(max_ratio: Any, bound_by: str, by_element: bool) -> None:
+    """Validates ``max_ratio`` and ``bound_by``."""
+    if bound_by not in ("current", "running_max"):
+        raise ValueError(f"bound_by must be 'current' or 'running_max'; got {bound_by!r}.")
+    if bound_by == "running_max" and (max_ratio is None or by_element):
+        raise ValueError(
+            "bound_by='running_max' is for max_ratio, and keeps one number for each group: give "
+            "max_ratio, and another scope than 'element'."
+        )
+    if max_ratio is None or isinstance(max_ratio, Tracer):
+        return
+    wanted = (
+        "a number >= 0, the largest allowed ratio of what the regularizer adds to the length of "
+        f"the reference; got {max_ratio!r}."
+    )
+    if isinstance(max_ratio, bool) or not is_array(max_ratio) or jnp.ndim(max_ratio) != 0:
+        raise TypeError(f"max_ratio must be None or {wanted}")
+    if not np.asarray(max_ratio) >= 0:
+        raise ValueError(f"max_ratio must be {wanted}")
 
 
 def _check_initialised(names: tuple[str, ...], state: Any) -> None:

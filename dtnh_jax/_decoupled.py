@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dtnh_jax._combine import RegWeight, combine_pair, pair_changes
+from dtnh_jax._combine import BoundBy, RegWeight, combine_pair, pair_changes
 from dtnh_jax._geometry import scaled, total
 from dtnh_jax._layout import Mask, Scope
 from dtnh_jax._numerics import compute_dtype
@@ -35,6 +35,7 @@ def decoupled(
     scope: Scope = "global",
     mask: Mask = None,
     reference: Reference | Literal["update"] = "batch",
+    bound_by: BoundBy = "current",
     diagnostics: bool = True,
     mode: str | None = None,
     action: str | None = None,
@@ -65,6 +66,7 @@ def decoupled(
         mask: As in [`dtnh`][dtnh_jax.dtnh].
         reference: As in [`dtnh`][dtnh_jax.dtnh], or `"update"`: the optimizer's own step, which
             the regularizer's then never opposes.
+        bound_by: As in [`dtnh`][dtnh_jax.dtnh].
         diagnostics: As in [`dtnh`][dtnh_jax.dtnh].
         mode: Deprecated; use `on_conflict`.
         action: Deprecated; use `on_conflict`.
@@ -92,7 +94,13 @@ def decoupled(
         for the decoupling.
     """
     weighting = dtnh_weighting(renamed(on_conflict, mode, action), max_ratio, scope)
-    choices: dict[str, Any] = {"scope": scope, "mask": mask, "diagnostics": diagnostics}
+    choices: dict[str, Any] = {
+        "scope": scope,
+        "mask": mask,
+        "max_ratio": max_ratio,
+        "bound_by": bound_by,
+        "diagnostics": diagnostics,
+    }
     if isinstance(reference, str) and reference == "update":
         # The optimizer's step points where the loss falls, a gradient where it rises.
         return optax.chain(
@@ -145,6 +153,7 @@ def add_l2_sp(
     scope: Scope = "global",
     mask: Mask = None,
     reference: Reference = "batch",
+    bound_by: BoundBy = "current",
     diagnostics: bool = True,
     mode: str | None = None,
     action: str | None = None,
@@ -173,6 +182,7 @@ def add_l2_sp(
         scope: As in [`dtnh`][dtnh_jax.dtnh].
         mask: As in [`dtnh`][dtnh_jax.dtnh].
         reference: As in [`dtnh`][dtnh_jax.dtnh], of the incoming update: `"batch"` is $u$ itself.
+        bound_by: As in [`dtnh`][dtnh_jax.dtnh].
         diagnostics: As in [`dtnh`][dtnh_jax.dtnh].
         mode: Deprecated; use `on_conflict`.
         action: Deprecated; use `on_conflict`.
@@ -207,13 +217,14 @@ def add_l2_sp(
         scope=scope,
         mask=mask,
         reference=reference,
+        max_ratio=max_ratio,
+        bound_by=bound_by,
         diagnostics=diagnostics,
     )
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
-        del extra_args
         if params is None:
             raise ValueError(
                 "add_l2_sp wants the params that it pulls back to the pre-trained ones: call "
@@ -222,6 +233,6 @@ def add_l2_sp(
         # The conjugate of a gradient points where the weight does: for complex leaves it is w - w0,
         # as what `optax.add_decayed_weights` adds is w.
         pull = jax.tree.map(jnp.conj, l2_sp_gradient(params, pretrained))
-        return rule.update(GradientPair(updates, pull), state, params)
+        return rule.update(GradientPair(updates, pull), state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(rule.init, update)

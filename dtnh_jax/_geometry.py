@@ -4,6 +4,7 @@ Each takes lists of leaves. Symbols are those of :mod:`dtnh_jax.weightings`.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,39 +13,64 @@ import numpy as np
 from dtnh_jax.weightings import Geometry
 
 
+class Part(NamedTuple):
+    """A leaf that takes part.
+
+    Attributes:
+        leaf: Its index.
+        r: Of the reference.
+        b: Of the regularizer's gradient.
+        bound: Of what the bound is relative to; often the same as ``r``.
+        row: The row of its group.
+    """
+
+    leaf: int
+    r: jax.Array
+    b: jax.Array
+    bound: jax.Array
+    row: int
+
+
 def geometries(
-    parts: Sequence[tuple[jax.Array, jax.Array, int]], n_rows: int, dtype: np.dtype
-) -> tuple[list[Geometry], Geometry]:
+    parts: Sequence[Part], n_rows: int, dtype: np.dtype, bound_is_apart: bool
+) -> tuple[list[Geometry], Geometry, list[jax.Array]]:
     """The geometry of each group, in one pass over its leaves.
 
     Args:
-        parts: A leaf of ``r``, the same leaf of ``b``, and the row of their group, for all leaves.
+        parts: All leaves that take part.
         n_rows: How many groups there are; one without leaves has a geometry of zeros.
         dtype: What to compute in.
+        bound_is_apart: Whether ``bound`` is another vector than ``r``.
 
     Returns:
-        For each group scalars, and the same as arrays of shape ``(n_rows,)``. What is made of the
-        scalars compiles faster: leaves of the same shape are the same program, which they are not
-        if each looks into an array at its own place.
+        For each group scalars, and the same as arrays of shape ``(n_rows,)``, and for each group
+        the norm of ``bound``. What is made of the scalars compiles faster: leaves of the same shape
+        are the same program, which they are not if each looks into an array at its own place.
     """
     of_rows: list[list[tuple[jax.Array, ...]]] = [[] for _ in range(n_rows)]
     sizes = np.zeros(n_rows)
-    for r, b, row in parts:
-        of_rows[row].append(_inner_products(r, b, dtype))
+    for _, r, b, bound, row in parts:
+        products = ((r, r), (r, b), (b, b), (bound, bound))[: 4 if bound_is_apart else 3]
+        of_rows[row].append(_inner_products(products, dtype))
         sizes[row] += r.size
-    zeros = (jnp.zeros([], dtype),) * 3
+    zeros = (jnp.zeros([], dtype),) * (4 if bound_is_apart else 3)
     sums = [_totals(leaves) if leaves else zeros for leaves in of_rows]
-    columns = zip(*sums, strict=True) if sums else ((),) * 3
-    return (
-        [_geometry(*group, size=size) for group, size in zip(sums, sizes, strict=True)],
-        _geometry(*[jnp.asarray(column, dtype) for column in columns], size=sizes),
-    )
+    each = [_geometry(*group[:3], size=size) for group, size in zip(sums, sizes, strict=True)]
+    columns = [*zip(*sums, strict=True)][:3] if sums else [()] * 3
+    together = _geometry(*[jnp.asarray(column, dtype) for column in columns], size=sizes)
+    if bound_is_apart:
+        bounds = [jnp.sqrt(group[3]) for group in sums]
+    else:
+        bounds = [geometry.ref_norm for geometry in each]
+    return each, together, bounds
 
 
-def _inner_products(r: jax.Array, b: jax.Array, dtype: np.dtype) -> tuple[jax.Array, ...]:
-    """``‖r‖²``, ``⟨r,b⟩`` and ``‖b‖²`` of one leaf, as scalars."""
+def _inner_products(
+    pairs: Sequence[tuple[jax.Array, jax.Array]], dtype: np.dtype
+) -> tuple[jax.Array, ...]:
+    """The real inner products of pairs of leaves, as scalars."""
     # Multiply and sum in place: a ravel would gather a sharded leaf on every device.
-    return tuple(jnp.sum(real_product(x, y, dtype)) for x, y in ((r, r), (r, b), (b, b)))
+    return tuple([jnp.sum(real_product(x, y, dtype)) for x, y in pairs])
 
 
 def real_product(x: jax.Array, y: jax.Array, dtype: np.dtype) -> jax.Array:

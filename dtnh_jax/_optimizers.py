@@ -4,8 +4,9 @@ import warnings
 
 import optax
 
-from dtnh_jax._combine import RegWeight
+from dtnh_jax._combine import BoundBy, RegWeight
 from dtnh_jax._layout import Mask, Scope
+from dtnh_jax._reference import Reference
 from dtnh_jax._rules import OnConflict, dtnh
 from dtnh_jax._transform_pair import transform_pair
 from dtnh_jax._tree import PyTree
@@ -21,6 +22,8 @@ def dtnh_sgd(
     max_ratio: float | None = 1.0,
     scope: Scope = "layer",
     mask: Mask = None,
+    reference: Reference = "batch",
+    bound_by: BoundBy = "current",
     diagnostics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD with momentum whose regularizer never opposes or outweighs the loss in any layer.
@@ -60,6 +63,8 @@ def dtnh_sgd(
         scope: As in [`dtnh`][dtnh_jax.dtnh].
         mask: As in [`dtnh`][dtnh_jax.dtnh]. The momentum of the regularizer gradient is kept only
             where it is `True`.
+        reference: As in [`dtnh`][dtnh_jax.dtnh]: `"batch"` is the momentum $m_a$.
+        bound_by: As in [`dtnh`][dtnh_jax.dtnh].
         diagnostics: As in [`dtnh`][dtnh_jax.dtnh]; of the momenta.
 
     Returns:
@@ -93,6 +98,8 @@ def dtnh_sgd(
             max_ratio=max_ratio,
             scope=scope,
             mask=mask,
+            reference=reference,
+            bound_by=bound_by,
             diagnostics=diagnostics,
         ),
         optax.scale_by_learning_rate(learning_rate),
@@ -112,6 +119,8 @@ def dtnh_adamw(
     max_ratio: float | None = 1.0,
     scope: Scope = "layer",
     mask: Mask = None,
+    reference: Reference = "batch",
+    bound_by: BoundBy = "current",
     diagnostics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     r"""AdamW whose regularizer never opposes or outweighs the loss in any layer.
@@ -138,6 +147,8 @@ def dtnh_adamw(
         max_ratio: $\kappa$, as in [`dtnh`][dtnh_jax.dtnh].
         scope: As in [`dtnh`][dtnh_jax.dtnh].
         mask: As in [`dtnh_sgd`][dtnh_jax.dtnh_sgd].
+        reference: As in [`dtnh`][dtnh_jax.dtnh]: `"batch"` is Adam's step $s_a$.
+        bound_by: As in [`dtnh`][dtnh_jax.dtnh].
         diagnostics: As in [`dtnh`][dtnh_jax.dtnh]; of Adam's steps.
 
     Returns:
@@ -171,6 +182,8 @@ def dtnh_adamw(
             max_ratio=max_ratio,
             scope=scope,
             mask=mask,
+            reference=reference,
+            bound_by=bound_by,
             diagnostics=diagnostics,
         ),
         optax.add_decayed_weights(weight_decay, decay_mask),

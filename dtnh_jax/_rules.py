@@ -1,20 +1,15 @@
 """The paper's rule with its choices, and the weighted sum that it is compared with."""
 
 import warnings
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 
 from dtnh_jax import weightings
-from dtnh_jax._combine import RegWeight, combine_pair
+from dtnh_jax._combine import BoundBy, RegWeight, combine_pair
 from dtnh_jax._layout import Mask, Scope
 from dtnh_jax._reference import Reference
-from dtnh_jax._tree import is_array
-from dtnh_jax.weightings import Geometry, Weighting, Weights
+from dtnh_jax.weightings import Weighting
 
 OnConflict = Literal["project", "orthogonal", "gate", "cosine", "keep"]
 
@@ -38,19 +33,12 @@ def dtnh_weighting(
     weighting = _WEIGHTINGS[on_conflict]
     if on_conflict == "orthogonal":
         check_not_by_element(scope, "on_conflict='orthogonal'")
-    if max_ratio is None:
-        if on_conflict == "keep":
-            raise ValueError(
-                "on_conflict='keep' without max_ratio is the weighted sum. Give max_ratio, or use "
-                "dtnh_jax.weighted_sum."
-            )
-        return weighting
-    check_max_ratio(max_ratio)
-
-    def with_bound(geometry: Geometry, reg_weight: jax.Array) -> Weights:
-        return weightings.bounded(weighting(geometry, reg_weight), geometry, max_ratio)
-
-    return with_bound
+    if on_conflict == "keep" and max_ratio is None:
+        raise ValueError(
+            "on_conflict='keep' without max_ratio is the weighted sum. Give max_ratio, or use "
+            "dtnh_jax.weighted_sum."
+        )
+    return weighting
 
 
 def check_not_by_element(scope: Scope, what: str) -> None:
@@ -80,22 +68,6 @@ def renamed(on_conflict: OnConflict, mode: str | None, action: str | None) -> On
     return cast(OnConflict, now)
 
 
-def check_max_ratio(max_ratio: Any) -> None:
-    """Validates ``max_ratio``."""
-    if isinstance(max_ratio, Tracer):
-        return
-    if isinstance(max_ratio, bool) or not is_array(max_ratio) or jnp.ndim(max_ratio) != 0:
-        raise TypeError(
-            "max_ratio must be None or a number >= 0, the largest allowed ratio of what the "
-            f"regularizer adds to the length of the reference; got {max_ratio!r}."
-        )
-    if not np.asarray(max_ratio) >= 0:
-        raise ValueError(
-            "max_ratio must be a number >= 0, the largest allowed ratio of what the "
-            f"regularizer adds to the length of the reference; got {max_ratio!r}."
-        )
-
-
 def dtnh(
     reg_weight: RegWeight,
     *,
@@ -104,6 +76,7 @@ def dtnh(
     scope: Scope = "global",
     mask: Mask = None,
     reference: Reference = "batch",
+    bound_by: BoundBy = "current",
     diagnostics: bool = True,
     mode: str | None = None,
     action: str | None = None,
@@ -154,11 +127,16 @@ def dtnh(
         mask: `None`, or a tree of booleans with the structure of params, in which one may stand for
             a subtree, or a function from params to such a tree. `False` where the regularizer
             should not act.
-        reference: What $b$ is compared with, $r$ in place of $a$ in $c^-$ and in `max_ratio`.
-            `"batch"`: $a$ itself. An Optax transformation: what it makes of $a$, such as
-            `optax.ema(0.99)`, the mean over many batches. Then $\langle d - a, r\rangle \ge 0$
-            holds, and the inequality above need not. The state holds the transformation's state,
-            for an average one tree of the size of params.
+        reference: What $b$ is compared with, $r$ in place of $a$ in $c^-$. `"batch"`: $a$ itself.
+            An Optax transformation: what it makes of $a$, such as `optax.ema(0.99)`, the mean over
+            many batches; $\lVert r\rVert$ takes the place of $\lVert a\rVert$ in `max_ratio` too.
+            `"held_out"` or [`held_out`][dtnh_jax.held_out]`(0.9)`: the gradient, or an average of
+            the gradients, that `update` gets as `held_out_grads=`. With each of these
+            $\langle d - a, r\rangle \ge 0$ holds, and the inequality above need not. The state
+            holds an average, one tree of the size of params.
+        bound_by: What `max_ratio` is relative to. `"current"`: the norm in this step.
+            `"running_max"`: the largest norm so far in each group, so that the bound does not fade
+            as the training loss goes to zero.
         diagnostics: Whether the state keeps what [`conflict_stats`][dtnh_jax.conflict_stats] reads:
             four numbers for each group, from inner products that the rule needs anyway (scope
             `"element"` computes them for this).
@@ -213,6 +191,8 @@ def dtnh(
         scope=scope,
         mask=mask,
         reference=reference,
+        max_ratio=max_ratio,
+        bound_by=bound_by,
         diagnostics=diagnostics,
     )
 

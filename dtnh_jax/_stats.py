@@ -32,7 +32,8 @@ class PairState(NamedTuple):
         groups: The names of the groups, in the order of the arrays, as keys of a mapping to
             ``None``: a part of the tree's structure, not an array, so it passes through jit,
             scan and checkpoints.
-        reference: The state of the reference: empty, or the transformation's that makes it.
+        reference: The state of the reference: empty, or of what makes it.
+        largest: With ``bound_by="running_max"``, the largest norm so far, of shape ``(groups,)``.
 
     Examples:
         >>> import jax.numpy as jnp, dtnh_jax
@@ -45,6 +46,7 @@ class PairState(NamedTuple):
     measurement: Measurement | None
     groups: dict[str, None]
     reference: Any = optax.EmptyState()
+    largest: jax.Array | None = None
 
 
 class Conflict(NamedTuple):

@@ -223,16 +223,16 @@ def _scaled(share: jax.Array, reg_weight: jax.Array) -> Weights:
     return Weights(jnp.zeros_like(reg), reg)
 
 
-def bounded(weights: Weights, geometry: Geometry, max_ratio: jax.typing.ArrayLike) -> Weights:
-    r"""Shortens what a weighting adds to the loss gradient, where it is longer than a bound.
+def bounded(weights: Weights, geometry: Geometry, limit: jax.Array) -> Weights:
+    r"""Shortens what a weighting adds to the loss gradient, where it is longer than a limit.
 
-    $$d - a \;\mapsto\;
-    \min\left(1, \frac{\kappa\,\lVert r\rVert}{\lVert d - a\rVert}\right)(d - a)$$
+    $$d - a \;\mapsto\; \min\left(1, \frac{\ell}{\lVert d - a\rVert}\right)(d - a)$$
 
     Args:
         weights: What a weighting returned.
         geometry: What it was called with.
-        max_ratio: $\kappa \ge 0$.
+        limit: $\ell \ge 0$, an array like those of `geometry`. `max_ratio` of
+            [`dtnh`][dtnh_jax.dtnh] sets it to $\kappa\,\lVert a\rVert$.
 
     Returns:
         The weights, both multiplied by the same number in [0, 1].
@@ -241,8 +241,8 @@ def bounded(weights: Weights, geometry: Geometry, max_ratio: jax.typing.ArrayLik
         >>> import jax.numpy as jnp
         >>> from dtnh_jax import weightings
         >>> geometry = weightings.Geometry(*jnp.array([5.0, 2.0, 1.0]))
-        >>> ref, reg = weightings.weighted_sum(geometry, jnp.array(100.0))
-        >>> print(weightings.bounded(weightings.Weights(ref, reg), geometry, 1.0).reg)
+        >>> weights = weightings.weighted_sum(geometry, jnp.array(100.0))
+        >>> print(weightings.bounded(weights, geometry, limit=jnp.array(5.0)).reg)
         2.5
 
     References:
@@ -254,7 +254,6 @@ def bounded(weights: Weights, geometry: Geometry, max_ratio: jax.typing.ArrayLik
     cos = ratio(geometry.along, geometry.reg_norm) * jnp.sign(weights.ref) * jnp.sign(weights.reg)
     ref, reg = ratio(ref, largest), ratio(reg, largest)
     length = largest * jnp.sqrt(jnp.maximum(ref**2 + 2 * cos * ref * reg + reg**2, 0))
-    limit = jnp.asarray(max_ratio, length.dtype) * geometry.ref_norm
     kept = jnp.where(length > limit, ratio(limit, length), 1)
     return Weights(kept * weights.ref, kept * weights.reg)
 
