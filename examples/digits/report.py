@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.common.files import write
+from examples.common.tables import as_markdown_table
 from examples.digits.config import Config
 from examples.digits.figure import draw
 from examples.digits.results import PLAIN, SOURCES, FineTuning, Method, Results
@@ -172,8 +173,7 @@ def as_rich(rows: list[list[str]]) -> Table:
 
 def as_markdown(rows: list[list[str]], sentences: list[str]) -> str:
     """The table and the sentences, to be pasted into a page."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
-    return "\n".join(lines) + "\n\n" + "\n".join(sentences) + "\n"
+    return as_markdown_table([COLUMNS, *rows]) + "\n\n" + "\n".join(sentences) + "\n"
 
 
 def accuracies(results: Results, source: str, method: Method) -> np.ndarray:
