@@ -48,7 +48,7 @@ def load(cfg: Config, seed: int) -> Data:
     Raises:
         ValueError: If a class has too few images for ``cfg``.
     """
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
     images = pixels.reshape(-1, 8, 8, 1).astype(np.float32)
     rng = np.random.default_rng(seed)
 
