@@ -6,8 +6,10 @@ import gzip
 import json
 import math
 import os
+import pickle
 import subprocess
 import sys
+import time
 from dataclasses import asdict, fields, replace
 
 import jax
@@ -19,6 +21,7 @@ needs.examples()
 
 from tiny_finetune import make_images
 
+from examples.common.data import CorruptImageError
 from examples.finetune.config import REG_WEIGHTS
 from examples.finetune.objective import REGULARIZERS
 from examples.never_hurt import __main__ as command
@@ -374,27 +377,71 @@ def test_processes_of_their_own(data, tmp_path):
     assert len(store.read(results)) == 1
 
 
-def test_a_process_that_fails_or_dies_is_told():
-    class Process:
-        def __init__(self, exitcode):
-            self.exitcode = exitcode
+class Deadly:
+    """Kills the worker process that receives it."""
 
-    class Said:
-        def __init__(self, *messages):
-            self.messages = list(messages)
+    def __reduce__(self):
+        return os._exit, (9,)
 
-        def get(self, timeout):
-            if not self.messages:
-                raise runner.queue.Empty
-            return self.messages.pop(0)
 
-    counted = []
-    runner._follow([Process(0)], Said(True, True, None), lambda: counted.append(1))
-    assert len(counted) == 2
-    with pytest.raises(runner.WorkerError, match="exit code -9"):
-        runner._follow([Process(-9)], Said(), lambda: None)
-    with pytest.raises(runner.WorkerError, match="ValueError: no folder"):
-        runner._follow([Process(0)], Said("ValueError: no folder"), lambda: None)
+def test_a_worker_that_fails_is_reported(tmp_path):
+    """Any exception, also one that cannot be sent between processes."""
+    places = runner.Places(tmp_path, None, tmp_path / "r.jsonl", tmp_path / "kept")
+    advanced = []
+    good = Pretraining("random_weights", "cifar_resnet8", 8, steps=1)
+    bad = Pretraining("missing", "cifar_resnet8", 8, steps=1)
+    with pytest.raises(runner.WorkerError, match="failed: ValueError: There is no folder missing"):
+        runner._run_jobs([good, bad], places, 2, 1, advanced.append)
+    assert (places.sources / good.file_name).exists()
+
+    def corrupt(*arguments):
+        raise CorruptImageError("a.jpg", "it is empty")
+        yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_do", corrupt)
+        with pytest.raises(runner.WorkerError, match=r"a\.jpg cannot be decoded") as caught:
+            runner._finish(bad, places, 1)
+    assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
+
+
+def test_a_worker_that_dies_is_reported(tmp_path):
+    places = runner.Places(tmp_path, None, tmp_path / "r.jsonl", tmp_path / "kept")
+    with pytest.raises(runner.WorkerError, match=r"worker process died.*start again to continue"):
+        runner._run_jobs([Deadly()], places, 2, 1, lambda n=1: None)
+
+
+ORPHANS = """
+import os, time
+from examples.never_hurt import runner
+
+def sleep(numbers):
+    runner._start_worker(numbers)
+    print(*os.sched_getaffinity(0), flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    context = runner.multiprocessing.get_context("spawn")
+    numbers = context.SimpleQueue()
+    numbers.put(1)
+    context.Process(target=sleep, args=(numbers,)).start()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Cores cannot be chosen here.")
+def test_a_worker_ends_with_its_parent(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(ORPHANS)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        assert len(parent.stdout.readline().split()) == 1
+        killed = time.monotonic()
+        parent.kill()
+        # The pipe ends when no process is left that writes to it.
+        assert parent.stdout.read() == ""
+    assert time.monotonic() - killed < 30
 
 
 def test_shares_are_all_cells_once(tmp_path):
