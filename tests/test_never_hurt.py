@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -21,11 +22,12 @@ needs.examples()
 
 from tiny_finetune import make_images
 
+import dtnh_jax
 from examples.common.data import CorruptImageError
 from examples.finetune.config import REG_WEIGHTS
 from examples.finetune.objective import REGULARIZERS
 from examples.never_hurt import __main__ as command
-from examples.never_hurt import batches, grids, images, runner, sources, store, train
+from examples.never_hurt import batches, grids, images, runner, sources, store, train, version
 from examples.never_hurt.cell import NONE, Cell, Result
 from examples.never_hurt.grids import FITTING, GRIDS, KINDS, PER_CLASS, UNFITTING, Grid, Part
 from examples.never_hurt.rules import RULES
@@ -248,6 +250,27 @@ def test_lines_that_are_no_results(tmp_path, change, message):
         store.read(path)
 
 
+def test_results_of_older_versions_are_read(tmp_path):
+    path = tmp_path / "r.jsonl"
+    old = json.loads(result().to_json())
+    assert old.pop("version") is None
+    path.write_text(json.dumps(old) + "\n")
+    assert store.read(path) == {CELL.key: result()}
+
+
+def test_a_version_is_of_the_sources(tmp_path):
+    assert re.fullmatch(rf"{re.escape(dtnh_jax.__version__)}\+[0-9a-f]{{8}}", version.version())
+    (tmp_path / "a.py").write_text("x = 1")
+    first = version.digest([tmp_path])
+    assert version.digest([tmp_path]) == first
+    (tmp_path / "notes.md").write_text("not a source")
+    assert version.digest([tmp_path]) == first
+    (tmp_path / "a.py").write_text("x = 2")
+    second = version.digest([tmp_path])
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    assert len({first, second, version.digest([tmp_path])}) == 3
+
+
 # Batches
 
 
@@ -291,6 +314,7 @@ def test_cells_that_run_at_once_are_those_that_run_one_by_one(data):
         assert one.conflict.keys() == other.conflict.keys()
     again = train.run(ready[:1])[0]
     assert replace(again, seconds=0.0) == replace(one_by_one[0], seconds=0.0)
+    assert again.version == version.version()
     assert one_by_one[1].test is not None
     assert set(one_by_one[1].conflict) > {"conv1", "layer1/0/bn1", "layer3/0/conv2"}
     assert all(len(quarters) == 4 for quarters in one_by_one[1].conflict.values())

@@ -73,7 +73,8 @@ class Result:
             gradients, as the rule sees them, are in conflict; empty without a regularizer.
         removed: For each quarter of training the mean share of the regularizer's gradient that the
             rule took out, over all layers; None where that is not finite: training has diverged.
-        seconds: What it took, without compilation.
+        seconds: The time of training, without compilation.
+        version: The version of the project that computed it; None in files of older versions.
     """
 
     cell: Cell
@@ -84,6 +85,7 @@ class Result:
     conflict: Mapping[str, list[float]] = field(default_factory=dict)
     removed: list[float | None] = field(default_factory=list)
     seconds: float = 0.0
+    version: str | None = None
 
     def to_json(self) -> str:
         """One line."""

@@ -25,6 +25,7 @@ from examples.never_hurt.batches import Plan
 from examples.never_hurt.cell import NONE, Cell, Result
 from examples.never_hurt.images import Splits
 from examples.never_hurt.rules import RULES, Setting
+from examples.never_hurt.version import version
 
 QUARTERS = 4
 
@@ -289,6 +290,7 @@ def _result(
         conflict=conflict,
         removed=removed,
         seconds=round(seconds, 3),
+        version=version(),
     )
 
 
