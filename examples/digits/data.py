@@ -1,6 +1,5 @@
 """Scikit-learn's handwritten digits: 0 to 4 are the source task, 5 to 9 the target task."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -75,14 +74,6 @@ def with_random_labels(split: Split, seed: int) -> Split:
     """The same images, with labels that mean nothing."""
     rng = np.random.default_rng(seed)
     return split._replace(labels=rng.integers(N_CLASSES, size=len(split.labels), dtype=np.int32))
-
-
-def batches(n_images: int, batch_size: int, steps: int, seed: int) -> Iterator[np.ndarray]:
-    """The images of each step, by index: every image once before any comes again."""
-    rng = np.random.default_rng(seed)
-    n_epochs = -(-steps * batch_size // n_images)
-    order = np.concatenate([rng.permutation(n_images) for _ in range(n_epochs)])
-    yield from order[: steps * batch_size].reshape(steps, batch_size)
 
 
 def _take(

@@ -12,6 +12,7 @@ import optax
 
 import dtnh_jax
 from dtnh_jax import regularizers
+from examples.common.epochs import draw_batches
 from examples.common.progress import progress
 from examples.digits import data, models
 from examples.digits.config import Config
@@ -149,7 +150,8 @@ def training(
     everything = Batch(*split, np.asarray(predict(source, split.images, cfg)))
     opt_state = RULES[method.rule](method.reg_weight, cfg).init(start.params)
     state = TrainState(start, opt_state)
-    for indices in data.batches(len(split.labels), cfg.batch_size, steps, seed):
+    rng = np.random.default_rng(seed)
+    for indices in draw_batches(len(split.labels), cfg.batch_size, steps, rng):
         state, measured = train_step(
             state,
             Batch(*(array[indices] for array in everything)),
