@@ -128,7 +128,7 @@ def test_a_key_is_of_the_whole_config():
     [("strength", -1.0), ("strength", math.nan), ("steps", 3), ("learning_rate", math.inf)],
 )
 def test_bad_cells(field, value):
-    with pytest.raises(ValueError, match=f"{field} must be a number from"):
+    with pytest.raises(ValueError, match=f"{field} must be finite and at least"):
         replace(CELL, **{field: value})
 
 
@@ -230,7 +230,7 @@ def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path):
     with path.open("a") as file:
         file.write(result(replace(CELL, seed=1)).to_json()[:50])
     store.append(path, result(replace(CELL, seed=2)))
-    with pytest.warns(UserWarning, match=r"r.jsonl:2 is cut off"):
+    with pytest.warns(UserWarning, match=r"r.jsonl:2 is incomplete"):
         found = store.read(path)
     assert [each.cell.seed for each in found.values()] == [0, 2]
 
@@ -238,8 +238,8 @@ def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"key": "0" * 16}, "whose key is now"),
-        ({"cell": asdict(CELL) | {"colour": 1}}, "settings that cells do not have"),
+        ({"key": "0" * 16}, "now has the key"),
+        ({"cell": asdict(CELL) | {"colour": 1}}, "unknown settings"),
         ({"accuracy": 1.0}, "accuracy"),
     ],
 )
@@ -334,10 +334,10 @@ def test_a_run_goes_on_where_it_was(data, tmp_path, capsys):
     # Lose two, and a half of another: only those are run again, and come out the same.
     path.write_text("\n".join(lines[:-3]) + "\n" + lines[-3][:40])
     capsys.readouterr()
-    with pytest.warns(UserWarning, match="cut off"):
+    with pytest.warns(UserWarning, match="is incomplete"):
         assert command.main(arguments) == 0
     assert f"{grids.PLAIN_RUNS + 1} cells, 3 of them to run" in capsys.readouterr().out
-    with pytest.warns(UserWarning, match="cut off"):
+    with pytest.warns(UserWarning, match="is incomplete"):
         found = store.read(path)
     wanted = {each.cell.key: each for each in map(Result.from_json, lines)}
     assert found.keys() == wanted.keys()
@@ -363,9 +363,9 @@ def test_a_cell_runs_again_by_its_key(data, tmp_path, capsys):
     places = ["--data", str(data), "--sources", str(tmp_path / "sources")]
     capsys.readouterr()
     assert command.main(["again", str(file), cell.key[:8], *places]) == 0
-    then, now = capsys.readouterr().out.splitlines()
-    assert cell.key in then
-    assert then.removeprefix("then") == now.removeprefix("now")
+    old, new = capsys.readouterr().out.splitlines()
+    assert cell.key in old
+    assert old.removeprefix("old") == new.removeprefix("new")
     for key, count in ((cell.key[:-1] + "x", 0), ("", 1 + grids.PLAIN_RUNS + 1)):
         assert command.main(["again", str(file), key, *places]) == 1
         assert f"{count} cells of" in capsys.readouterr().err
@@ -468,12 +468,23 @@ def test_a_worker_ends_with_its_parent(tmp_path):
     assert time.monotonic() - killed < 30
 
 
-def test_shares_are_all_cells_once(tmp_path):
-    grid, path = GRIDS["real"], tmp_path / "r.jsonl"
+def test_shares_are_all_cells_once(tmp_path, monkeypatch):
+    grid, path = GRIDS["real"], tmp_path / "real.jsonl"
     for cell in grid.tuning():
         store.append(path, result(cell))
-    shares = [dict(command._stages(grid, (i, 3), path))["Cells"] for i in range(3)]
+    shares = []
+
+    def take(cells, places, **settings):
+        shares.append(cells)
+
+    monkeypatch.setattr(runner, "run_missing", take)
+    for index in range(3):
+        run = ["run", "--grid", "real", "--data", str(tmp_path), "--results", str(tmp_path)]
+        assert command.main([*run, "--share", str(index), "3"]) == 0
+    assert shares[::2] == [grid.tuning()] * 3
+    shares = shares[1::2]
     everything = grid.cells(store.read(path))
+    assert shares[1] == everything[1::3]
     assert sorted(cell.key for share in shares for cell in share) == sorted(
         cell.key for cell in everything
     )
@@ -532,7 +543,7 @@ def test_errors_say_what_to_do(data, tmp_path, capsys):
     for flags, message in (
         (["--workers", "0"], "workers must be at least 1"),
         (["--lanes", "0"], "lanes must be at least 1"),
-        (["--share", "2", "2"], "got 2 of 2"),
+        (["--share", "2", "2"], "got 2 2"),
     ):
         assert command.main([*run, *flags]) == 1
         assert message in capsys.readouterr().err

@@ -35,14 +35,15 @@ class Data(NamedTuple):
 def load(cfg: Config, seed: int) -> Data:
     """Draws the splits of ``seed``.
 
-    The target's test images are the same for every seed and no seed trains or validates on them.
+    The test images of the target are the same for every seed, and no seed trains or validates on
+    them.
 
     Args:
-        cfg: How many training images there are a class, and which images are held out.
-        seed: Draws which images are for training.
+        cfg: The number of training images per class, and which images are held out.
+        seed: Draws the training images.
 
     Returns:
-        The splits, standardised by mean and deviation of the source's training images.
+        The splits, standardised by mean and standard deviation of the source's training images.
 
     Raises:
         ValueError: If a class has too few images for ``cfg``.
@@ -71,7 +72,7 @@ def load(cfg: Config, seed: int) -> Data:
 
 
 def with_random_labels(split: Split, seed: int) -> Split:
-    """The same images, with labels that mean nothing."""
+    """The same images with random labels."""
     rng = np.random.default_rng(seed)
     return split._replace(labels=rng.integers(N_CLASSES, size=len(split.labels), dtype=np.int32))
 
@@ -79,14 +80,14 @@ def with_random_labels(split: Split, seed: int) -> Split:
 def _take(
     per_class: int, indices: np.ndarray, labels: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Takes some of each class out of ``indices``; returns the taken and the rest."""
+    """Draws some indices of each class; returns these and the rest."""
     taken, rest = [], []
     for label in np.unique(labels[indices]):
         of_class = rng.permutation(indices[labels[indices] == label])
         if len(of_class) <= per_class:
             raise ValueError(
-                f"Digit {label} has {len(of_class)} images here; {per_class} for training would "
-                "leave none to hold out."
+                f"Digit {label} has {len(of_class)} images; {per_class} for training would leave "
+                "none to hold out."
             )
         taken.append(of_class[:per_class])
         rest.append(of_class[per_class:])

@@ -22,6 +22,8 @@ LINES = {
     "bounded_dtnh": {"color": "#0072B2", "marker": "o", "linewidth": 2, "zorder": 3},
 }
 KIND_COLOURS = {FITTING: "#009E73", NEUTRAL: "#56B4E9", UNFITTING: "#D55E00"}
+TICKS = (-50, -20, -10, -5, -2, -1, 0, 1, 2, 5)
+LABELS = [str(tick).replace("-", "−") for tick in TICKS]
 LINEAR = 2.0  # points within which the axis is linear
 
 
@@ -67,8 +69,7 @@ def _draw_lines(axis: Axes, cells: pd.DataFrame) -> None:
         axis.plot(strengths, line["mean"], label=label(rule), **style)
     axis.set_xscale("log")
     axis.set_yscale("symlog", linthresh=LINEAR, linscale=1.2)
-    ticks = [-50, -20, -10, -5, -2, -1, 0, 1, 2]
-    axis.set_yticks(ticks, [_minus(tick) for tick in ticks])
+    axis.set_yticks(TICKS[:-1], LABELS[:-1])
     axis.minorticks_off()
     axis.grid(axis="y", color="0.9", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
@@ -97,8 +98,7 @@ def every_setting(cells: pd.DataFrame) -> Figure:
             )
     axis.set_yticks(range(len(rules)), [label(rule) for rule in rules])
     axis.set_xscale("symlog", linthresh=LINEAR, linscale=1.2)
-    ticks = [-50, -20, -10, -5, -2, -1, 0, 1, 2, 5]
-    axis.set_xticks(ticks, [_minus(tick) for tick in ticks])
+    axis.set_xticks(TICKS, LABELS)
     axis.minorticks_off()
     axis.grid(axis="x", color="0.9", linewidth=0.6)
     axis.spines[["top", "right", "left"]].set_visible(False)
@@ -145,7 +145,3 @@ def conflict(cells: pd.DataFrame, layers: Sequence[str]) -> Figure:
 
 def _sources(kind: str) -> str:
     return f"{kind} source" + ("s" if kind == UNFITTING else "")
-
-
-def _minus(tick: int) -> str:
-    return str(tick).replace("-", "−")
