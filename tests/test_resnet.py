@@ -287,7 +287,7 @@ def test_the_statistics_of_a_large_mean_are_exact():
 
 def test_one_value_a_channel_is_refused_in_training():
     network, one = trained_a_little(TINY), images((1, 4, 4, 3))
-    with pytest.raises(ValueError, match="two values a channel"):
+    with pytest.raises(ValueError, match="two values per channel"):
         resnet.apply(TINY, network, one, train=True)
     assert np.isfinite(apply(TINY, network, one, train=False).logits).all()
 
