@@ -133,6 +133,10 @@ def every_k_steps(k: int, grad_fun: Callable[..., PyTree]) -> Callable[..., Held
         False [0. 0.]
         False [0. 0.]
         True [1. 3.]
+
+    References:
+        The gradient is that of [`held_out`][dtnh_jax.held_out]; computing it in some steps only is
+        this project's.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, a number of steps; got {k!r}.")

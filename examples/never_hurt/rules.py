@@ -1,7 +1,7 @@
 """How two gradients become an update: each rule is a whole optimizer, SGD with momentum 0.9.
 
-A constant gradient, of the loss or of the regularizer, moves the weights equally far in all of them,
-so that a regularizer weight means the same in each.
+A constant gradient, of the loss or of the regularizer, moves the weights equally far in all of
+them, so that a regularizer weight means the same in each.
 """
 
 from collections.abc import Callable, Mapping
