@@ -142,7 +142,7 @@ def delta(
     r"""DELTA: keeps feature maps close to the pre-trained ones, with a weight for each channel.
 
     $$\Omega = \sum_{\text{layers}} \sum_{i=1}^{n} \sum_{c=1}^{C} \frac{\omega_c}{2}
-    \bigl\lVert f_{ic} - f^0_{ic}\bigr\rVert^2$$
+    \lVert f_{ic} - f^0_{ic}\rVert^2$$
 
     Without `channel_weights` every $\omega_c = 1$, the *behavioural* form. With those of
     [`delta_channel_weights`][dtnh_jax.regularizers.delta_channel_weights], which sum to one, it is

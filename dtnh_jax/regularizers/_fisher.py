@@ -22,7 +22,7 @@ def fisher_diagonal(
     r"""Estimates the diagonal of the Fisher information of a classifier from batches.
 
     $$F = \frac{1}{N}\sum_{i=1}^{N}\sum_y q_i(y)\,
-    \bigl\lvert\nabla_w \log p(y \mid x_i, w)\bigr\rvert^2$$
+    \lvert\nabla_w \log p(y \mid x_i, w)\rvert^2$$
 
     The gradients are squared for each example; the square of the mean gradient of a batch is
     smaller. For the *empirical* Fisher, $q_i$ is one for the label $y_i$ and zero for other
