@@ -19,8 +19,7 @@ needs.examples()
 
 from tiny_finetune import make_images
 
-from examples.finetune.config import REG_WEIGHTS
-from examples.finetune.objective import REGULARIZERS
+from examples.common.objective import REGULARIZERS
 from examples.never_hurt import __main__ as command
 from examples.never_hurt import batches, grids, images, runner, sources, store, train
 from examples.never_hurt.cell import NONE, Cell, Result
@@ -146,7 +145,6 @@ def test_grids_name_what_there_is(name):
     for part in GRIDS[name].parts:
         assert set(part.rules) <= set(RULES)
         assert set(part.regularizers) <= set(REGULARIZERS)
-        assert set(part.regularizers) <= set(REG_WEIGHTS)
         assert set(part.sources) <= set(KINDS)
         assert set(part.targets) <= set(PER_CLASS)
 

@@ -19,7 +19,7 @@ class Cell:
     target: str
     """The data set that is learnt: a folder beside those of the sources."""
     regularizer: str
-    """Ω, one of `examples.finetune.objective`; none for plain fine-tuning."""
+    """Ω, one of `examples.common.objective`; none for plain fine-tuning."""
     rule: str
     """How the two gradients become one update: a name of `rules`."""
     strength: float

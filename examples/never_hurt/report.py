@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from examples.common import files, resnet
 from examples.common.resnet import ResNetConfig
-from examples.finetune.report import as_markdown_table
+from examples.common.tables import as_markdown_table
 from examples.never_hurt import figures, store, tables
 from examples.never_hurt.analysis import Study
 from examples.never_hurt.grids import GRIDS
