@@ -141,7 +141,7 @@ def contestants(*, all_rules: bool) -> dict[str, Contestant]:
     if published:
         for direction in THEIR_RULES:
             found[f"ml-bloop {direction}"] = theirs(published, direction)
-    found["bloop global"] = link(dtnh_jax.bloop(REG_WEIGHT, ema=0.1))
+    found["bloop global"] = link(dtnh_jax.bloop(REG_WEIGHT, decay=0.9))
     found["pcgrad global"] = link(dtnh_jax.pcgrad(REG_WEIGHT), 5)
     found["weighted_sum of L2-SP"] = closed_form(
         dtnh_jax.weighted_sum(REG_WEIGHT, diagnostics=False), 4
@@ -166,7 +166,7 @@ def contestants(*, all_rules: bool) -> dict[str, Contestant]:
     found["dtnh layer, momentum"] = link(
         optax.chain(dtnh_jax.dtnh(REG_WEIGHT, scope="layer"), optax.trace(0.9))
     )
-    found["bounded_dtnh"] = link(dtnh_jax.bounded_dtnh(REG_WEIGHT))
+    found["dtnh_sgd"] = link(dtnh_jax.dtnh_sgd(0.1, REG_WEIGHT))
     return found
 
 

@@ -1,30 +1,30 @@
-"""Fine-tuning from pre-trained weights that cannot hurt, for JAX and Optax."""
+"""Regularized fine-tuning for JAX and Optax that compares the gradients of loss and regularizer."""
 
 from importlib.metadata import version as _version
 
-from dtnh_jax import regularizers as regularizers
-from dtnh_jax._accumulation import accumulate_pairs as accumulate_pairs
-from dtnh_jax._bounded import bounded_dtnh as bounded_dtnh
-from dtnh_jax._decoupled import add_l2_sp as add_l2_sp
-from dtnh_jax._decoupled import decoupled as decoupled
-from dtnh_jax._gradients import GradientPair as GradientPair
-from dtnh_jax._gradients import value_and_gradient_pair as value_and_gradient_pair
-from dtnh_jax._rivals import agem as agem
-from dtnh_jax._rivals import bloop as bloop
-from dtnh_jax._rivals import cagrad as cagrad
-from dtnh_jax._rivals import config as config
-from dtnh_jax._rivals import dynamic_barrier as dynamic_barrier
-from dtnh_jax._rivals import gradient_cosine as gradient_cosine
-from dtnh_jax._rivals import imtl_g as imtl_g
-from dtnh_jax._rivals import mgda as mgda
-from dtnh_jax._rivals import pcgrad as pcgrad
-from dtnh_jax._rivals import upgrad as upgrad
-from dtnh_jax._rules import dtnh as dtnh
-from dtnh_jax._rules import weighted_sum as weighted_sum
-from dtnh_jax._stats import Conflict as Conflict
-from dtnh_jax._stats import ConflictStats as ConflictStats
-from dtnh_jax._stats import PairState as PairState
-from dtnh_jax._stats import conflict_stats as conflict_stats
+from dtnh_jax import regularizers, weightings
+from dtnh_jax._accumulation import accumulate_pairs
+from dtnh_jax._combine import combine_pair
+from dtnh_jax._decoupled import add_l2_sp, decoupled
+from dtnh_jax._gradients import value_and_gradient_pair
+from dtnh_jax._optimizers import bounded_dtnh, dtnh_adamw, dtnh_sgd
+from dtnh_jax._pair import GradientPair
+from dtnh_jax._reference import HeldOutGrads, every_k_steps, held_out
+from dtnh_jax._rivals import (
+    agem,
+    bloop,
+    cagrad,
+    config,
+    dynamic_barrier,
+    gradient_cosine,
+    imtl_g,
+    mgda,
+    pcgrad,
+    upgrad,
+)
+from dtnh_jax._rules import dtnh, weighted_sum
+from dtnh_jax._stats import Conflict, ConflictStats, PairState, conflict_stats
+from dtnh_jax._transform_pair import transform_pair
 
 __version__ = _version("dtnh_jax")
 
@@ -32,6 +32,7 @@ __all__ = [
     "Conflict",
     "ConflictStats",
     "GradientPair",
+    "HeldOutGrads",
     "PairState",
     "accumulate_pairs",
     "add_l2_sp",
@@ -39,17 +40,24 @@ __all__ = [
     "bloop",
     "bounded_dtnh",
     "cagrad",
+    "combine_pair",
     "config",
     "conflict_stats",
     "decoupled",
     "dtnh",
+    "dtnh_adamw",
+    "dtnh_sgd",
     "dynamic_barrier",
+    "every_k_steps",
     "gradient_cosine",
+    "held_out",
     "imtl_g",
     "mgda",
     "pcgrad",
     "regularizers",
+    "transform_pair",
     "upgrad",
     "value_and_gradient_pair",
     "weighted_sum",
+    "weightings",
 ]

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from dtnh_jax._gradients import GradientPair
+from dtnh_jax._pair import GradientPair, takes_pairs
 from dtnh_jax._tree import PyTree, is_absent, lay_over
-from dtnh_jax._unpack import takes_pairs
 
 
 class AccumulationState(NamedTuple):

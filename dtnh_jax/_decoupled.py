@@ -6,20 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dtnh_jax._gradients import GradientPair
-from dtnh_jax._gramian import changed, times
-from dtnh_jax._groups import Mask, Scope
+from dtnh_jax._combine import BoundBy, RegWeight, combine_pair, pair_changes
+from dtnh_jax._geometry import scaled, total
+from dtnh_jax._layout import Mask, Scope
 from dtnh_jax._numerics import compute_dtype
+from dtnh_jax._pair import GradientPair, takes_pairs
 from dtnh_jax._reference import Reference
-from dtnh_jax._rules import Action, Mode, dtnh_rule
-from dtnh_jax._transform import (
-    Choices,
-    RegWeight,
-    changes_transformation,
-    pair_transformation,
-)
-from dtnh_jax._tree import PyTree, is_absent
-from dtnh_jax._unpack import takes_pairs
+from dtnh_jax._rules import OnConflict, dtnh_weighting, renamed
+from dtnh_jax._transform_pair import transform_pair
+from dtnh_jax._tree import PyTree
 from dtnh_jax.regularizers import l2_sp_gradient
 
 
@@ -35,12 +30,15 @@ def decoupled(
     reg_weight: RegWeight,
     *,
     learning_rate: optax.ScalarOrSchedule,
+    on_conflict: OnConflict = "project",
+    max_ratio: float | None = None,
     scope: Scope = "global",
-    mode: Mode = "conflict",
-    action: Action = "project",
-    reference: Reference | Literal["update"] = "batch",
     mask: Mask = None,
+    reference: Reference | Literal["update"] = "batch",
+    bound_by: BoundBy = "current",
     diagnostics: bool = True,
+    mode: str | None = None,
+    action: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Gives the optimizer the loss gradient alone, and adds the regularizer's step after it.
 
@@ -62,13 +60,16 @@ def decoupled(
             $\mu$ it is gentler by up to $1/(1-\mu)$ out here.
         learning_rate: $\gamma$, a number or an optax schedule of the step; as a rule the one that
             `optimizer` was made with.
+        on_conflict: As in [`dtnh`][dtnh_jax.dtnh].
+        max_ratio: As in [`dtnh`][dtnh_jax.dtnh].
         scope: As in [`dtnh`][dtnh_jax.dtnh].
-        mode: Likewise.
-        action: Likewise.
+        mask: As in [`dtnh`][dtnh_jax.dtnh].
         reference: As in [`dtnh`][dtnh_jax.dtnh], or `"update"`: the optimizer's own step, which
             the regularizer's then never opposes.
-        mask: As in [`dtnh`][dtnh_jax.dtnh].
-        diagnostics: Likewise.
+        bound_by: As in [`dtnh`][dtnh_jax.dtnh].
+        diagnostics: As in [`dtnh`][dtnh_jax.dtnh].
+        mode: Deprecated; use `on_conflict`.
+        action: Deprecated; use `on_conflict`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` that takes a pair in both call styles and
@@ -92,50 +93,70 @@ def decoupled(
         Loshchilov, Hutter, *Decoupled Weight Decay Regularization*, ICLR 2019 (arXiv:1711.05101),
         for the decoupling.
     """
-    by_update = isinstance(reference, str) and reference == "update"
-    held_against: Any = "batch" if by_update else reference
-    choices = Choices(reg_weight, scope, mask, diagnostics, held_against)
-    rule = changes_transformation(dtnh_rule(mode, action), choices)
+    weighting = dtnh_weighting(renamed(on_conflict, mode, action), max_ratio, scope)
+    choices: dict[str, Any] = {
+        "scope": scope,
+        "mask": mask,
+        "max_ratio": max_ratio,
+        "bound_by": bound_by,
+        "diagnostics": diagnostics,
+    }
+    if isinstance(reference, str) and reference == "update":
+        # The optimizer's step points where the loss falls, a gradient where it rises.
+        return optax.chain(
+            transform_pair(loss=optax.chain(optimizer, optax.scale(-1.0))),
+            combine_pair(weighting, _times_rate(reg_weight, learning_rate), **choices),
+            optax.scale(-1.0),
+        )
+    init_rule, changes_of = pair_changes(weighting, reg_weight, reference=reference, **choices)
     optimizer = optax.with_extra_args_support(optimizer)
 
     def init(params: PyTree) -> Any:
-        return DecoupledState(optimizer.init(params), rule.init(params))
+        return DecoupledState(optimizer.init(params), init_rule(params))
 
     def update(
         pair: GradientPair, state: Any, params: PyTree | None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
-        loss_grads, reg_grads = pair
-        steps, optimizer_state = optimizer.update(loss_grads, state.optimizer, params, **extra_args)
-        # The reference points where the loss rises, the step where it falls.
-        against = jax.tree.map(jnp.negative, steps) if by_update else None
-        count = state.rule.count
-        changes, rule_state = rule.update(
-            loss_grads, state.rule, params, reg_grads=reg_grads, reference=against
+        steps, optimizer_state = optimizer.update(
+            pair.loss_grads, state.optimizer, params, **extra_args
         )
-        rate = learning_rate(count) if callable(learning_rate) else learning_rate
-        leaves, treedef = jax.tree.flatten(steps, is_leaf=is_absent)
+        changes, rule_state = changes_of(pair, state.rule, params, **extra_args)
+        rate = -jnp.asarray(_at(learning_rate, state.rule.count))
+        leaves, treedef = jax.tree.flatten(steps)
         together = [
-            changed(leaf, [times(-jnp.asarray(rate, compute_dtype(x.dtype)), x) for x in of_leaf])
-            if of_leaf
-            else leaf
-            for leaf, of_leaf in zip(leaves, changes, strict=True)
+            leaf
+            if by is None
+            else total(leaf, scaled(by, rate, compute_dtype(by.dtype))).astype(leaf.dtype)
+            for leaf, by in zip(leaves, changes, strict=True)
         ]
         return treedef.unflatten(together), DecoupledState(optimizer_state, rule_state)
 
     return takes_pairs(init, update)
 
 
+def _at(value: optax.ScalarOrSchedule, count: jax.Array) -> jax.typing.ArrayLike:
+    return value(count) if callable(value) else value
+
+
+def _times_rate(reg_weight: RegWeight, rate: optax.ScalarOrSchedule) -> RegWeight:
+    if isinstance(reg_weight, tuple | list):
+        return [_times_rate(each, rate) for each in reg_weight]  # type: ignore[misc]
+    return lambda count: _at(reg_weight, count) * _at(rate, count)  # type: ignore[operator]
+
+
 def add_l2_sp(
     pretrained: PyTree,
     reg_weight: RegWeight,
     *,
-    scope: Scope = "global",
-    mode: Mode = "conflict",
-    action: Action = "project",
-    reference: Reference = "batch",
+    on_conflict: OnConflict = "project",
     max_ratio: float | None = None,
+    scope: Scope = "global",
     mask: Mask = None,
+    reference: Reference = "batch",
+    bound_by: BoundBy = "current",
     diagnostics: bool = True,
+    mode: str | None = None,
+    action: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds the pull towards the pre-trained weights, where that does not oppose the update.
 
@@ -154,15 +175,17 @@ def add_l2_sp(
         pretrained: $w_0$, with the structure and shapes of params; `None` in the place of a leaf
             or a subtree that has none, such as a new head.
         reg_weight: $\lambda \ge 0$, as in [`dtnh`][dtnh_jax.dtnh].
+        on_conflict: As in [`dtnh`][dtnh_jax.dtnh].
+        max_ratio: As in [`dtnh`][dtnh_jax.dtnh], relative to the incoming update. With
+            `optax.trace(0.9)` before it, `scope="layer"`, `on_conflict="gate"` and `max_ratio=1.0`
+            this is [`dtnh_sgd`][dtnh_jax.dtnh_sgd] for a regularizer without momentum.
         scope: As in [`dtnh`][dtnh_jax.dtnh].
-        mode: Likewise.
-        action: Likewise.
-        reference: As in [`dtnh`][dtnh_jax.dtnh], of the incoming update: `"batch"` is $u$ itself.
-        max_ratio: As in [`dtnh`][dtnh_jax.dtnh], of the incoming update: with `optax.trace(0.9)`
-            before it, `scope="layer"`, `action="gate"` and `max_ratio=1.0` it is
-            [`bounded_dtnh`][dtnh_jax.bounded_dtnh] for one that needs no momentum of its own.
         mask: As in [`dtnh`][dtnh_jax.dtnh].
-        diagnostics: Likewise.
+        reference: As in [`dtnh`][dtnh_jax.dtnh], of the incoming update: `"batch"` is $u$ itself.
+        bound_by: As in [`dtnh`][dtnh_jax.dtnh].
+        diagnostics: As in [`dtnh`][dtnh_jax.dtnh].
+        mode: Deprecated; use `on_conflict`.
+        action: Deprecated; use `on_conflict`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`.
@@ -188,13 +211,20 @@ def add_l2_sp(
         Li, Grandvalet, Davoine, ICML 2018 (arXiv:1802.01483), for L2-SP; Wan et al., ICDM 2019
         (arXiv:1911.07489), for the projection.
     """
-    choices = Choices(reg_weight, scope, mask, diagnostics, reference)
-    rule = pair_transformation(dtnh_rule(mode, action, max_ratio), choices)
+    rule = combine_pair(
+        dtnh_weighting(renamed(on_conflict, mode, action), max_ratio, scope),
+        reg_weight,
+        scope=scope,
+        mask=mask,
+        reference=reference,
+        max_ratio=max_ratio,
+        bound_by=bound_by,
+        diagnostics=diagnostics,
+    )
 
     def update(
         updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
-        del extra_args
         if params is None:
             raise ValueError(
                 "add_l2_sp wants the params that it pulls back to the pre-trained ones: call "
@@ -203,6 +233,6 @@ def add_l2_sp(
         # The conjugate of a gradient points where the weight does: for complex leaves it is w - w0,
         # as what `optax.add_decayed_weights` adds is w.
         pull = jax.tree.map(jnp.conj, l2_sp_gradient(params, pretrained))
-        return rule.update(GradientPair(updates, pull), state, params)
+        return rule.update(GradientPair(updates, pull), state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(rule.init, update)

@@ -2,42 +2,14 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.interpreters.partial_eval import dce_jaxpr
 
+from dtnh_jax._jax_internals import depends_on
+from dtnh_jax._pair import GradientPair
 from dtnh_jax._tree import PyTree, is_array
-
-
-class GradientPair(NamedTuple):
-    r"""The gradients of both terms of the objective $L(w) + \lambda\,\Omega(w)$.
-
-    One tree is one vector: $a = \nabla L(w)$, $b = \nabla \Omega(w)$. A plain tuple of the two
-    serves as well.
-
-    Attributes:
-        loss_grads: ``a``, with the structure, shapes and dtypes of params.
-        reg_grads: ``b``, likewise, without ``λ``. ``None`` in the place of a leaf or a subtree
-            that the regularizer does not reach, such as a new head.
-
-    Examples:
-        >>> import jax.numpy as jnp, dtnh_jax
-        >>> pair = dtnh_jax.GradientPair(
-        ...     loss_grads={"backbone": jnp.ones(3), "head": jnp.ones(2)},
-        ...     reg_grads={"backbone": -jnp.ones(3), "head": None},
-        ... )
-        >>> pair.reg_grads["backbone"].shape
-        (3,)
-
-    References:
-        Wan et al., ICDM 2019 (arXiv:1911.07489), whose derivatives of the empirical loss and
-        of the regularizer these are.
-    """
-
-    loss_grads: PyTree
-    reg_grads: PyTree
 
 
 def value_and_gradient_pair(
@@ -176,10 +148,6 @@ def _described(value: Any) -> str:
 
 def _without_unreached(reg_grads: PyTree, reg_tangent: Callable[..., Any], wrt: PyTree) -> PyTree:
     """``reg_grads`` with ``None`` at the leaves that the regularizer does not depend on."""
-    # What dead-code elimination finds unused, it finds so through jit, scan and remat too.
-    jaxpr = jax.make_jaxpr(reg_tangent)(wrt).jaxpr
-    _, reached = dce_jaxpr(jaxpr, used_outputs=[True])
     leaves, treedef = jax.tree.flatten(reg_grads)
-    return treedef.unflatten(
-        [leaf if is_reached else None for leaf, is_reached in zip(leaves, reached, strict=True)]
-    )
+    reached = zip(leaves, depends_on(reg_tangent, wrt), strict=True)
+    return treedef.unflatten([leaf if is_reached else None for leaf, is_reached in reached])

@@ -5,11 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+_WIDE = {np.dtype(np.float64), np.dtype(np.complex128)}
+
 
 def compute_dtype(*dtypes: DTypeLike) -> np.dtype:
     """The real dtype to compute in: float64 where one of ``dtypes`` is that wide, or float32."""
-    widest = max((jnp.finfo(dtype).bits for dtype in dtypes), default=32)
-    return np.dtype(np.float64 if widest == 64 else np.float32)
+    is_wide = not _WIDE.isdisjoint([np.dtype(dtype) for dtype in dtypes])
+    return np.dtype(np.float64 if is_wide else np.float32)
 
 
 def widened(x: jax.Array, dtype: np.dtype) -> jax.Array:

@@ -1,42 +1,53 @@
 """Rules of the literature, behind the signature and the state of the project's own."""
 
 import functools
+import warnings
+from typing import TypedDict, Unpack
 
 import optax
 
-from dtnh_jax import _weightings
-from dtnh_jax._groups import Mask, Scope
-from dtnh_jax._transform import Choices, RegWeight, Rule, pair_transformation
+from dtnh_jax import weightings
+from dtnh_jax._combine import RegWeight, combine_pair
+from dtnh_jax._layout import Mask, Scope
+from dtnh_jax._rules import check_not_by_element
+
+
+class Choices(TypedDict, total=False):
+    """The choices that all rules share; see :func:`dtnh_jax.dtnh`."""
+
+    scope: Scope
+    mask: Mask
+    diagnostics: bool
 
 
 def bloop(
     reg_weight: RegWeight,
     *,
-    ema: float = 0.01,
-    scope: Scope = "global",
-    mask: Mask = None,
-    diagnostics: bool = True,
+    decay: float = 0.99,
+    ema: float | None = None,
+    **choices: Unpack[Choices],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps of the regularizer what is orthogonal to an average of the loss gradient.
 
-    $$m \leftarrow m + \eta\,(a - m), \qquad
+    $$m \leftarrow \mu\,m + (1 - \mu)\,a, \qquad
     d = a + \lambda\Bigl(b - \frac{\langle m,b\rangle}{\lVert m\rVert^2}\,m\Bigr)$$
 
-    It is `dtnh(mode="orthogonal", reference=optax.ema(1 - ema))`.
+    It is `dtnh(on_conflict="orthogonal", reference=optax.ema(decay, debias=False))`.
 
     Args:
         reg_weight: $\lambda$, as in [`dtnh`][dtnh_jax.dtnh].
-        ema: $\eta$, the share of the new gradient in the average, in (0, 1].
-        scope: As in [`dtnh`][dtnh_jax.dtnh].
-        mask: Likewise.
-        diagnostics: Likewise.
+        decay: $\mu$ in [0, 1), as in `optax.ema`. The paper's $\eta$ is $1 - \mu$.
+        ema: Deprecated: $\eta$.
+        **choices: `scope`, `mask` and `diagnostics`, as in [`dtnh`][dtnh_jax.dtnh]. `scope` cannot
+            be `"element"`: of two numbers, no part of one is orthogonal to the other.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`, as [`dtnh`][dtnh_jax.dtnh] does. Its state
         holds the average, one tree of the size of params.
 
     Raises:
-        ValueError: If `ema` is not in (0, 1], and as [`dtnh`][dtnh_jax.dtnh] does.
+        ValueError: If `decay` is not in [0, 1) or `scope` is `"element"`, and as
+            [`dtnh`][dtnh_jax.dtnh] does.
         TypeError: As [`dtnh`][dtnh_jax.dtnh] does.
 
     Examples:
@@ -51,20 +62,26 @@ def bloop(
         Hsieh et al., *Careful with that Scalpel: Improving Gradient Surgery with an EMA*, 2024
         (arXiv:2402.02998).
     """
-    if not 0 < ema <= 1:
-        raise ValueError(f"ema must be in (0, 1], the share of the new gradient; got {ema!r}.")
-    reference = optax.ema(1 - ema, debias=False)
-    choices = Choices(reg_weight, scope, mask, diagnostics, reference)
-    return pair_transformation(Rule(_weightings.orthogonal), choices)
+    if ema is not None:
+        warnings.warn(
+            f"ema= is deprecated; write decay={1 - ema:g}, the share of the old average.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        decay = 1 - ema
+    if not 0 <= decay < 1:
+        raise ValueError(f"decay must be in [0, 1), the share of the old average; got {decay!r}.")
+    check_not_by_element(choices.get("scope", "global"), "bloop")
+    return combine_pair(
+        weightings.orthogonal, reg_weight, reference=optax.ema(decay, debias=False), **choices
+    )
 
 
 def gradient_cosine(
     reg_weight: RegWeight,
     *,
     weighted: bool = True,
-    scope: Scope = "global",
-    mask: Mask = None,
-    diagnostics: bool = True,
+    **choices: Unpack[Choices],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Weighs the regularizer by how well it agrees with the loss.
 
@@ -76,9 +93,7 @@ def gradient_cosine(
     Args:
         reg_weight: $\lambda$, as in [`dtnh`][dtnh_jax.dtnh].
         weighted: Whether to weigh by the cosine, or keep all of $b$ where it is not negative.
-        scope: As in [`dtnh`][dtnh_jax.dtnh].
-        mask: Likewise.
-        diagnostics: Likewise.
+        **choices: `scope`, `mask` and `diagnostics`, as in [`dtnh`][dtnh_jax.dtnh].
 
     Returns:
         An `optax.GradientTransformationExtraArgs`, as [`dtnh`][dtnh_jax.dtnh] does.
@@ -99,16 +114,11 @@ def gradient_cosine(
         Du et al., *Adapting Auxiliary Losses Using Gradient Similarity*, 2018
         (arXiv:1812.02224).
     """
-    rule = Rule(_weightings.cosine if weighted else _weightings.gate)
-    return pair_transformation(rule, Choices(reg_weight, scope, mask, diagnostics))
+    return combine_pair(weightings.cosine if weighted else weightings.gate, reg_weight, **choices)
 
 
 def dynamic_barrier(
-    reg_weight: RegWeight,
-    *,
-    scope: Scope = "global",
-    mask: Mask = None,
-    diagnostics: bool = True,
+    reg_weight: RegWeight, **choices: Unpack[Choices]
 ) -> optax.GradientTransformationExtraArgs:
     r"""Takes from the regularizer its component along the loss gradient, up to a barrier.
 
@@ -117,9 +127,7 @@ def dynamic_barrier(
 
     Args:
         reg_weight: $\lambda$, as in [`dtnh`][dtnh_jax.dtnh].
-        scope: As in [`dtnh`][dtnh_jax.dtnh].
-        mask: Likewise.
-        diagnostics: Likewise.
+        **choices: `scope`, `mask` and `diagnostics`, as in [`dtnh`][dtnh_jax.dtnh].
 
     Returns:
         An `optax.GradientTransformationExtraArgs`, as [`dtnh`][dtnh_jax.dtnh] does.
@@ -139,16 +147,11 @@ def dynamic_barrier(
     References:
         Gong, Liu, Liu, NeurIPS 2021, in the form that arXiv:2402.02998 gives it.
     """
-    rule = Rule(_weightings.dynamic_barrier)
-    return pair_transformation(rule, Choices(reg_weight, scope, mask, diagnostics))
+    return combine_pair(weightings.dynamic_barrier, reg_weight, **choices)
 
 
 def agem(
-    reg_weight: RegWeight,
-    *,
-    scope: Scope = "global",
-    mask: Mask = None,
-    diagnostics: bool = True,
+    reg_weight: RegWeight, **choices: Unpack[Choices]
 ) -> optax.GradientTransformationExtraArgs:
     r"""Projects the weighted sum, where that opposes the loss gradient.
 
@@ -157,9 +160,7 @@ def agem(
 
     Args:
         reg_weight: $\lambda$, as in [`dtnh`][dtnh_jax.dtnh]; several regularizers are one sum.
-        scope: As in [`dtnh`][dtnh_jax.dtnh].
-        mask: Likewise.
-        diagnostics: Likewise.
+        **choices: `scope`, `mask` and `diagnostics`, as in [`dtnh`][dtnh_jax.dtnh].
 
     Returns:
         An `optax.GradientTransformationExtraArgs`, as [`dtnh`][dtnh_jax.dtnh] does.
@@ -180,16 +181,11 @@ def agem(
         Chaudhry et al., *Efficient Lifelong Learning with A-GEM*, ICLR 2019 (arXiv:1812.00420),
         eq. 11, with the loss in the place of the memory.
     """
-    rule = Rule(_weightings.agem, one_by_one=False)
-    return pair_transformation(rule, Choices(reg_weight, scope, mask, diagnostics))
+    return combine_pair(weightings.agem, reg_weight, several="sum", **choices)
 
 
 def pcgrad(
-    reg_weight: RegWeight,
-    *,
-    scope: Scope = "global",
-    mask: Mask = None,
-    diagnostics: bool = True,
+    reg_weight: RegWeight, **choices: Unpack[Choices]
 ) -> optax.GradientTransformationExtraArgs:
     r"""Projects each of the two gradients onto the normal plane of the other, on conflict.
 
@@ -200,9 +196,7 @@ def pcgrad(
     Args:
         reg_weight: $\lambda$, as in [`dtnh`][dtnh_jax.dtnh]; it multiplies $b$ before the rule.
             Several regularizers are one sum.
-        scope: As in [`dtnh`][dtnh_jax.dtnh].
-        mask: Likewise.
-        diagnostics: Likewise.
+        **choices: `scope`, `mask` and `diagnostics`, as in [`dtnh`][dtnh_jax.dtnh].
 
     Returns:
         An `optax.GradientTransformationExtraArgs`, as [`dtnh`][dtnh_jax.dtnh] does.
@@ -223,16 +217,11 @@ def pcgrad(
         Yu et al., *Gradient Surgery for Multi-Task Learning*, NeurIPS 2020 (arXiv:2001.06782),
         algorithm 1 for two tasks.
     """
-    rule = Rule(_weightings.pcgrad, one_by_one=False)
-    return pair_transformation(rule, Choices(reg_weight, scope, mask, diagnostics))
+    return combine_pair(weightings.pcgrad, reg_weight, several="sum", **choices)
 
 
 def upgrad(
-    reg_weight: RegWeight,
-    *,
-    scope: Scope = "global",
-    mask: Mask = None,
-    diagnostics: bool = True,
+    reg_weight: RegWeight, **choices: Unpack[Choices]
 ) -> optax.GradientTransformationExtraArgs:
     r"""The mean of the two gradients, each projected so that it opposes neither.
 
@@ -240,9 +229,7 @@ def upgrad(
 
     Args:
         reg_weight: $\lambda$, as in [`pcgrad`][dtnh_jax.pcgrad].
-        scope: As in [`dtnh`][dtnh_jax.dtnh].
-        mask: Likewise.
-        diagnostics: Likewise.
+        **choices: `scope`, `mask` and `diagnostics`, as in [`dtnh`][dtnh_jax.dtnh].
 
     Returns:
         An `optax.GradientTransformationExtraArgs`, as [`dtnh`][dtnh_jax.dtnh] does.
@@ -263,16 +250,11 @@ def upgrad(
         Quinton, Rey, *Jacobian Descent for Multi-Objective Optimization*, 2024
         (arXiv:2406.16232).
     """
-    rule = Rule(_weightings.upgrad, one_by_one=False)
-    return pair_transformation(rule, Choices(reg_weight, scope, mask, diagnostics))
+    return combine_pair(weightings.upgrad, reg_weight, several="sum", **choices)
 
 
 def mgda(
-    reg_weight: RegWeight,
-    *,
-    scope: Scope = "global",
-    mask: Mask = None,
-    diagnostics: bool = True,
+    reg_weight: RegWeight, **choices: Unpack[Choices]
 ) -> optax.GradientTransformationExtraArgs:
     r"""The shortest vector between the two gradients.
 
@@ -282,9 +264,7 @@ def mgda(
 
     Args:
         reg_weight: $\lambda$, as in [`pcgrad`][dtnh_jax.pcgrad].
-        scope: As in [`dtnh`][dtnh_jax.dtnh].
-        mask: Likewise.
-        diagnostics: Likewise.
+        **choices: `scope`, `mask` and `diagnostics`, as in [`dtnh`][dtnh_jax.dtnh].
 
     Returns:
         An `optax.GradientTransformationExtraArgs`, as [`dtnh`][dtnh_jax.dtnh] does. Where either
@@ -306,16 +286,11 @@ def mgda(
         Désidéri, *Multiple-gradient descent algorithm*, 2012; Sener, Koltun, *Multi-Task Learning
         as Multi-Objective Optimization*, NeurIPS 2018 (arXiv:1810.04650), algorithm 1.
     """
-    rule = Rule(_weightings.mgda, one_by_one=False)
-    return pair_transformation(rule, Choices(reg_weight, scope, mask, diagnostics))
+    return combine_pair(weightings.mgda, reg_weight, several="sum", **choices)
 
 
 def imtl_g(
-    reg_weight: RegWeight,
-    *,
-    scope: Scope = "global",
-    mask: Mask = None,
-    diagnostics: bool = True,
+    reg_weight: RegWeight, **choices: Unpack[Choices]
 ) -> optax.GradientTransformationExtraArgs:
     r"""The combination whose projections onto both gradients are equally long.
 
@@ -324,9 +299,7 @@ def imtl_g(
 
     Args:
         reg_weight: $\lambda$, as in [`pcgrad`][dtnh_jax.pcgrad].
-        scope: As in [`dtnh`][dtnh_jax.dtnh].
-        mask: Likewise.
-        diagnostics: Likewise.
+        **choices: `scope`, `mask` and `diagnostics`, as in [`dtnh`][dtnh_jax.dtnh].
 
     Returns:
         An `optax.GradientTransformationExtraArgs`, as [`dtnh`][dtnh_jax.dtnh] does. Where either
@@ -347,17 +320,14 @@ def imtl_g(
     References:
         Liu et al., *Towards Impartial Multi-Task Learning*, ICLR 2021.
     """
-    rule = Rule(_weightings.imtl_g, one_by_one=False)
-    return pair_transformation(rule, Choices(reg_weight, scope, mask, diagnostics))
+    return combine_pair(weightings.imtl_g, reg_weight, several="sum", **choices)
 
 
 def cagrad(
     reg_weight: RegWeight,
     *,
     c: float = 0.5,
-    scope: Scope = "global",
-    mask: Mask = None,
-    diagnostics: bool = True,
+    **choices: Unpack[Choices],
 ) -> optax.GradientTransformationExtraArgs:
     r"""The best for the worse-off objective within a ball around the mean gradient.
 
@@ -370,9 +340,7 @@ def cagrad(
     Args:
         reg_weight: $\lambda$, as in [`pcgrad`][dtnh_jax.pcgrad].
         c: The radius of the ball relative to the mean gradient, in [0, 1).
-        scope: As in [`dtnh`][dtnh_jax.dtnh].
-        mask: Likewise.
-        diagnostics: Likewise.
+        **choices: `scope`, `mask` and `diagnostics`, as in [`dtnh`][dtnh_jax.dtnh].
 
     Returns:
         An `optax.GradientTransformationExtraArgs`, as [`dtnh`][dtnh_jax.dtnh] does.
@@ -395,16 +363,13 @@ def cagrad(
     """
     if not 0 <= c < 1:
         raise ValueError(f"c must be in [0, 1), the radius of the ball; got {c!r}.")
-    rule = Rule(functools.partial(_weightings.cagrad, c=c), one_by_one=False)
-    return pair_transformation(rule, Choices(reg_weight, scope, mask, diagnostics))
+    return combine_pair(
+        functools.partial(weightings.cagrad, c=c), reg_weight, several="sum", **choices
+    )
 
 
 def config(
-    reg_weight: RegWeight,
-    *,
-    scope: Scope = "global",
-    mask: Mask = None,
-    diagnostics: bool = True,
+    reg_weight: RegWeight, **choices: Unpack[Choices]
 ) -> optax.GradientTransformationExtraArgs:
     r"""Along the bisector of the two gradients, as far as both together reach.
 
@@ -418,9 +383,7 @@ def config(
 
     Args:
         reg_weight: $\lambda$, as in [`pcgrad`][dtnh_jax.pcgrad].
-        scope: As in [`dtnh`][dtnh_jax.dtnh].
-        mask: Likewise.
-        diagnostics: Likewise.
+        **choices: `scope`, `mask` and `diagnostics`, as in [`dtnh`][dtnh_jax.dtnh].
 
     Returns:
         An `optax.GradientTransformationExtraArgs`, as [`dtnh`][dtnh_jax.dtnh] does. The unit
@@ -442,5 +405,4 @@ def config(
         Liu, Chu, Thuerey, *ConFIG: Towards Conflict-free Training of Physics Informed Neural
         Networks*, 2024 (arXiv:2408.11104), for two losses.
     """
-    rule = Rule(_weightings.config, one_by_one=False)
-    return pair_transformation(rule, Choices(reg_weight, scope, mask, diagnostics))
+    return combine_pair(weightings.config, reg_weight, several="sum", **choices)

@@ -1,146 +1,158 @@
-"""The rule of the project and its baseline."""
+"""The paper's rule with its choices, and the weighted sum that it is compared with."""
 
-from typing import Any, Literal
+import warnings
+from typing import Literal, cast
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.core import Tracer
 
-from dtnh_jax import _weightings
-from dtnh_jax._gramian import Gramian
-from dtnh_jax._groups import Mask, Scope
+from dtnh_jax import weightings
+from dtnh_jax._combine import BoundBy, RegWeight, combine_pair
+from dtnh_jax._layout import Mask, Scope
 from dtnh_jax._reference import Reference
-from dtnh_jax._transform import Choices, RegWeight, Rule, pair_transformation
-from dtnh_jax._tree import is_array
-from dtnh_jax._weightings import Weights
+from dtnh_jax.weightings import Weighting
 
-Mode = Literal["conflict", "orthogonal"]
-Action = Literal["project", "gate", "cosine", "keep"]
+OnConflict = Literal["project", "orthogonal", "gate", "cosine", "keep"]
+
+_WEIGHTINGS = {
+    "project": weightings.project,
+    "orthogonal": weightings.orthogonal,
+    "gate": weightings.gate,
+    "cosine": weightings.cosine,
+    "keep": weightings.weighted_sum,
+}
 
 
-def dtnh_rule(mode: Mode, action: Action, max_ratio: float | None = None) -> Rule:
-    """The rule of :func:`dtnh` with these choices."""
-    if mode not in ("conflict", "orthogonal"):
+def dtnh_weighting(
+    on_conflict: OnConflict, max_ratio: float | None = None, scope: Scope = "global"
+) -> Weighting:
+    """The weighting of :func:`dtnh` with these choices."""
+    if on_conflict not in _WEIGHTINGS:
+        raise ValueError(
+            f"on_conflict must be one of {', '.join(map(repr, _WEIGHTINGS))}; got {on_conflict!r}."
+        )
+    weighting = _WEIGHTINGS[on_conflict]
+    if on_conflict == "orthogonal":
+        check_not_by_element(scope, "on_conflict='orthogonal'")
+    if on_conflict == "keep" and max_ratio is None:
+        raise ValueError(
+            "on_conflict='keep' without max_ratio is the weighted sum. Give max_ratio, or use "
+            "dtnh_jax.weighted_sum."
+        )
+    return weighting
+
+
+def check_not_by_element(scope: Scope, what: str) -> None:
+    """Raises an error where nothing of a single number is orthogonal to another."""
+    if isinstance(scope, str) and scope == "element":
+        raise ValueError(
+            f"{what} with scope='element' would remove the whole regularizer: of two numbers, no "
+            "part of one is orthogonal to the other. Choose another scope, or "
+            "on_conflict='project'."
+        )
+
+
+def renamed(on_conflict: OnConflict, mode: str | None, action: str | None) -> OnConflict:
+    """``on_conflict``, also from the arguments that it replaces."""
+    if mode is None and action is None:
+        return on_conflict
+    if mode not in (None, "conflict", "orthogonal"):
         raise ValueError(f"mode must be 'conflict' or 'orthogonal'; got {mode!r}.")
-    actions = {
-        "project": _weightings.project if mode == "conflict" else _weightings.orthogonal,
-        "gate": _weightings.gate,
-        "cosine": _weightings.cosine,
-        "keep": _weightings.weighted_sum,
-    }
-    if action not in actions:
-        raise ValueError(f"action must be 'project', 'gate', 'cosine' or 'keep'; got {action!r}.")
-    if mode == "orthogonal" and action != "project":
-        raise ValueError(
-            f"mode='orthogonal' is a way to project; got it with action={action!r}, which acts on "
-            "conflict alone. Leave out one of the two."
-        )
-    if max_ratio is None:
-        return Rule(actions[action])
-    check_max_ratio(max_ratio)
-
-    def weighting(gram: Gramian, reg_weight: jax.Array) -> Weights:
-        return _weightings.bounded(actions[action](gram, reg_weight), gram, max_ratio)
-
-    return Rule(weighting)
-
-
-def check_max_ratio(max_ratio: Any) -> None:
-    """Refuses what is no bound."""
-    if isinstance(max_ratio, Tracer):
-        return
-    if isinstance(max_ratio, bool) or not is_array(max_ratio) or jnp.ndim(max_ratio) != 0:
-        raise TypeError(
-            "max_ratio must be None or a number >= 0, the most that the regularizer's part may be "
-            f"as long as the reference; got {max_ratio!r}."
-        )
-    if not np.asarray(max_ratio) >= 0:
-        raise ValueError(
-            "max_ratio must be a number >= 0, the most that the regularizer's part may be as long "
-            f"as the reference; got {max_ratio!r}."
-        )
+    if mode == "orthogonal" and action not in (None, "project"):
+        raise ValueError(f"mode='orthogonal' cannot be combined with action={action!r}.")
+    now = "orthogonal" if mode == "orthogonal" else action or "project"
+    warnings.warn(
+        f"mode= and action= are deprecated; write on_conflict={now!r}.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return cast(OnConflict, now)
 
 
 def dtnh(
     reg_weight: RegWeight,
     *,
-    scope: Scope = "global",
-    mode: Mode = "conflict",
-    action: Action = "project",
-    reference: Reference = "batch",
+    on_conflict: OnConflict = "project",
     max_ratio: float | None = None,
+    scope: Scope = "global",
     mask: Mask = None,
+    reference: Reference = "batch",
+    bound_by: BoundBy = "current",
     diagnostics: bool = True,
+    mode: str | None = None,
+    action: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Removes from the regularizer's gradient what conflicts with the loss's.
+    r"""Removes from the regularizer gradient the part that conflicts with the loss gradient.
 
-    With the loss gradient $a = \nabla L(w)$ and the regularizer gradient
-    $b = \nabla\Omega(w)$ of a group of leaves, seen as one vector each, the direction is
+    With the loss gradient $a = \nabla L(w)$ and the regularizer gradient $b = \nabla\Omega(w)$ of a
+    group of leaves, each seen as one vector, the direction is
 
     $$d = a + \lambda\,(b - c^- a), \qquad
     c^- = \min\left(0, \frac{\langle a,b\rangle}{\lVert a\rVert^2}\right)$$
 
-    and $c^- = 0$ where $a = 0$. Without conflict, $\langle a,b\rangle \ge 0$, it is exactly the
-    weighted sum $a + \lambda b$. It *never hurts* to first order:
+    and $c^- = 0$ where $a = 0$. Without conflict, $\langle a,b\rangle \ge 0$, this is exactly the
+    weighted sum $a + \lambda b$. In each group, and so in total,
     $\langle d,a\rangle = \lVert a\rVert^2 + \lambda\max(0, \langle a,b\rangle) \ge
-    \lVert a\rVert^2$, in each group and so in total. The inequality is about the loss gradient
-    of this mini-batch and about this direction: momentum, Adam and weight decay after it, and
-    the noise of the mini-batch, are outside it. `max_ratio`, `action`, `reference` and a finer
-    `scope` are the ways to a stronger rule, and [`bounded_dtnh`][dtnh_jax.bounded_dtnh] the one to
-    take; [`decoupled`][dtnh_jax.decoupled] takes the regularizer out of the optimizer's momentum.
+    \lVert a\rVert^2$: to first order, a step along $-d$ lowers the loss of this mini-batch at least
+    as much as a step along $-a$. This says nothing about other images, or about what momentum,
+    Adam and weight decay do after the rule. In experiments the paper's rule, which is the default,
+    performs about the same as the weighted sum; for a rule that limits harm, see
+    [`dtnh_sgd`][dtnh_jax.dtnh_sgd].
 
-    The result is an optax transformation that turns a pair of gradients into one direction, to
-    stand first in `optax.chain`. Its `update` takes the pair,
-    `tx.update((loss_grads, reg_grads), state, params)`, or the two apart,
+    The result is an Optax transformation that turns a pair of gradients into one direction. Put it
+    first in `optax.chain`. Its `update` takes the pair,
+    `tx.update((loss_grads, reg_grads), state, params)`, or the two separately,
     `tx.update(loss_grads, state, params, reg_grads=reg_grads)`. A leaf that is `None` in
-    `reg_grads` or `False` in `mask` passes through bit for bit and counts in no inner product:
-    a new head belongs there, above all with scope `"global"`, where its large loss gradient
-    would drown the backbone's.
+    `reg_grads`, or `False` in `mask`, passes through unchanged and counts in no inner product. A
+    new head belongs there: in scope `"global"` its large loss gradient would dominate the
+    inner product.
 
     Args:
-        reg_weight: $\lambda \ge 0$, a number or an optax schedule of the step. It multiplies
-            after the projection. A sequence of them for several regularizers: `reg_grads` is then
-            a sequence of as many trees, each held against the reference by itself.
-        scope: Which leaves are one vector. `"global"`: all that the regularizer reaches;
-            `"layer"`: those under one parent in the tree, such as kernel and bias of a layer;
-            `"leaf"`: every array; `"element"`: every number, so that $b$ is dropped where its
-            sign is against $a$'s (a complex number is a plane); a function from a leaf's path
-            (`"block/conv/kernel"`) to the name of its group; or a tree of names with the
-            structure of params (a name may stand for a subtree).
-        mode: `"conflict"` removes on conflict only, as above. `"orthogonal"` removes the
-            component along $a$ always, $c$ for $c^-$, as the authors' published code does.
-        action: What is done to $b$. `"project"`, as above; `"gate"` drops all of $b$ in a
-            group in conflict; `"cosine"` weighs $b$ by $\max(0, \cos(a, b))$; `"keep"` does
-            nothing, for `max_ratio` alone to act, or as a control.
-        reference: What $b$ is held against, $r$ in the place of $a$ in $c^-$: `"batch"` is $a$
-            itself. An optax transformation makes another one from $a$: `optax.ema(0.99)`, the
-            mean over many batches, `optax.trace(0.9)`, the momentum of SGD,
-            `optax.scale_by_adam()`, Adam's step. Then $\langle d - a, r\rangle \ge 0$ is
-            promised, and the inequality above is not. It costs the transformation's state, for an
-            average one tree of the size of params. With scope `"element"` it is for regularizers
-            without noise, such as L2-SP: in the demo a slow average hurt distillation.
-        max_ratio: $\kappa \ge 0$: makes the regularizer's part of each group shorter where it is
-            longer than $\kappa\lVert r\rVert$, so that $\lVert d - a\rVert \le \kappa\lVert
-            r\rVert$ however large $\lambda$ is. `None`, as in the paper: no bound.
-        mask: `None`, or a tree of booleans with the structure of params (one may stand for a
-            subtree), or a function from params to it: `False` where the regularizer shall not
-            act.
-        diagnostics: Whether the state keeps what
-            [`conflict_stats`][dtnh_jax.conflict_stats] reads: four numbers a group, out of
-            inner products that the rule takes anyway (scope `"element"` takes them for this).
+        reg_weight: $\lambda \ge 0$, a number or an Optax schedule of the step. It multiplies after
+            the projection. A sequence of them for several regularizers: `reg_grads` is then a
+            sequence of as many trees, each compared with the reference on its own.
+        on_conflict: What to do with $b$ where $\langle a,b\rangle < 0$. `"project"`, the default:
+            remove the component along $a$, as above. `"gate"`: drop $b$ in that group. `"cosine"`:
+            scale $b$ by $\max(0, \cos(a, b))$, without conflict too. `"orthogonal"`: remove the
+            component along $a$, without conflict too, as the authors' published code does.
+            `"keep"`: nothing, so that `max_ratio` acts alone. For real numbers in scope
+            `"element"`, `"project"`, `"gate"` and `"cosine"` are the same.
+        max_ratio: $\kappa \ge 0$: shortens what the regularizer adds to a group where it is longer
+            than $\kappa\lVert a\rVert$, so that $\lVert d - a\rVert \le \kappa\lVert a\rVert$ for
+            every $\lambda$. `None`: no bound, as in the paper.
+        scope: Which leaves form one vector. `"global"`: all that the regularizer reaches.
+            `"layer"`: those under one parent in the tree, such as kernel and bias of a layer.
+            `"leaf"`: each array. `"element"`: each number (a complex number is a vector of two).
+            Or a function from a leaf's path (`"block/conv/kernel"`) to the name of its group, or a
+            tree of names with the structure of params, in which a name may stand for a subtree.
+        mask: `None`, or a tree of booleans with the structure of params, in which one may stand for
+            a subtree, or a function from params to such a tree. `False` where the regularizer
+            should not act.
+        reference: What $b$ is compared with, $r$ in place of $a$ in $c^-$. `"batch"`: $a$ itself.
+            An Optax transformation: what it makes of $a$, such as `optax.ema(0.99)`, the mean over
+            many batches; $\lVert r\rVert$ takes the place of $\lVert a\rVert$ in `max_ratio` too.
+            `"held_out"` or [`held_out`][dtnh_jax.held_out]`(0.9)`: the gradient, or an average of
+            the gradients, that `update` gets as `held_out_grads=`. With each of these
+            $\langle d - a, r\rangle \ge 0$ holds, and the inequality above need not. The state
+            holds an average, one tree of the size of params.
+        bound_by: What `max_ratio` is relative to. `"current"`: the norm in this step.
+            `"running_max"`: the largest norm so far in each group, so that the bound does not fade
+            as the training loss goes to zero.
+        diagnostics: Whether the state keeps what [`conflict_stats`][dtnh_jax.conflict_stats] reads:
+            four numbers for each group, from inner products that the rule needs anyway (scope
+            `"element"` computes them for this).
+        mode: Deprecated; use `on_conflict`.
+        action: Deprecated; use `on_conflict`.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`. The direction has the structure, shapes and
-        dtypes of `loss_grads`; inner products are taken in float32, or wider if a leaf is.
+        dtypes of `loss_grads`. Inner products are computed in float32, or wider if a leaf is.
 
     Raises:
-        ValueError: If `reg_weight` or `max_ratio` is negative or NaN, or `scope`, `mode` or
-            `action` unknown; at `update`, if trees or shapes do not match, or the state is of
-            other params.
-        TypeError: If `reference` or `max_ratio` is none; at `update`, if one tree comes where a
-            pair is due, `reg_grads` comes twice, or a leaf is an integer.
+        ValueError: If `reg_weight` or `max_ratio` is negative or NaN, `scope` or `on_conflict` is
+            unknown, or they do not go together; at `update`, if trees or shapes do not match, or
+            the state was made for other params.
+        TypeError: If an argument has the wrong type; at `update`, if one tree comes where a pair is
+            expected, `reg_grads` comes twice, or a leaf is an integer.
 
     Examples:
         >>> import jax.numpy as jnp, optax, dtnh_jax
@@ -151,16 +163,16 @@ def dtnh(
         >>> print(-updates)
         [-3.8888888  1.2222222  1.2222222]
 
-        Held against a slow average, element by element:
+        Compare with a slow average, element by element:
 
-        >>> strong = dtnh_jax.dtnh(0.1, scope="element", reference=optax.ema(0.99))
-        >>> direction, _ = strong.update(pair, strong.init(params), params)
+        >>> slow = dtnh_jax.dtnh(0.1, scope="element", reference=optax.ema(0.99))
+        >>> direction, _ = slow.update(pair, slow.init(params), params)
         >>> print(direction)
         [-4.   1.1  1.1]
 
-        However large the weight, no more than as long as the loss gradient:
+        With a bound, a weight that is far too large adds no more than the length of $a$:
 
-        >>> bounded = dtnh_jax.dtnh(1e6, action="gate", max_ratio=1.0)
+        >>> bounded = dtnh_jax.dtnh(1e6, on_conflict="gate", max_ratio=1.0)
         >>> pair = (jnp.array([3.0, 4.0]), jnp.array([0.0, 2.0]))
         >>> direction, _ = bounded.update(pair, bounded.init(jnp.zeros(2)))
         >>> print(direction)
@@ -172,8 +184,17 @@ def dtnh(
         as reference: Hsieh et al., *BLOOP* (arXiv:2402.02998). The cosine: Du et al., *Adapting
         Auxiliary Losses Using Gradient Similarity* (arXiv:1812.02224).
     """
-    choices = Choices(reg_weight, scope, mask, diagnostics, reference)
-    return pair_transformation(dtnh_rule(mode, action, max_ratio), choices)
+    on_conflict = renamed(on_conflict, mode, action)
+    return combine_pair(
+        dtnh_weighting(on_conflict, max_ratio, scope),
+        reg_weight,
+        scope=scope,
+        mask=mask,
+        reference=reference,
+        max_ratio=max_ratio,
+        bound_by=bound_by,
+        diagnostics=diagnostics,
+    )
 
 
 def weighted_sum(
@@ -183,22 +204,20 @@ def weighted_sum(
     mask: Mask = None,
     diagnostics: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adds the two gradients: the plain baseline, in the form of the other rules.
+    r"""Adds the two gradients: the baseline, in the form of the other rules.
 
     $$d = a + \lambda\, b$$
 
-    The gradient of $L + \lambda\,\Omega$, as regularized transfer is done without a rule. What
-    it takes and gives is as in [`dtnh`][dtnh_jax.dtnh], so that a training loop changes method
-    by changing a name.
+    This is the gradient of $L + \lambda\,\Omega$: regularized transfer without a rule. It is called
+    as [`dtnh`][dtnh_jax.dtnh] is, so that a training loop changes method by changing a name.
 
     Args:
-        reg_weight: $\lambda \ge 0$, a number or an optax schedule of the step, or a sequence of
+        reg_weight: $\lambda \ge 0$, a number or an Optax schedule of the step, or a sequence of
             them for as many regularizers.
-        scope: Which leaves are one group in the diagnostics; the direction does not depend
-            on it.
-        mask: `False` where the regularizer shall not act, as in [`dtnh`][dtnh_jax.dtnh].
-        diagnostics: Whether to measure conflict, which costs this rule a pass over both trees
-            that it would not need.
+        scope: Which leaves are one group in the diagnostics; the direction does not depend on it.
+        mask: `False` where the regularizer should not act, as in [`dtnh`][dtnh_jax.dtnh].
+        diagnostics: Whether to measure conflict. This rule would not need the pass over both trees
+            that it takes.
 
     Returns:
         An `optax.GradientTransformationExtraArgs`, whose direction has the structure, shapes
@@ -206,7 +225,7 @@ def weighted_sum(
 
     Raises:
         ValueError: As [`dtnh`][dtnh_jax.dtnh] does.
-        TypeError: Likewise.
+        TypeError: As [`dtnh`][dtnh_jax.dtnh] does.
 
     Examples:
         >>> import jax.numpy as jnp, optax, dtnh_jax
@@ -221,5 +240,6 @@ def weighted_sum(
         Li, Grandvalet, Davoine, *Explicit Inductive Bias for Transfer Learning with
         Convolutional Networks*, ICML 2018 (arXiv:1802.01483), whose training this is.
     """
-    rule = Rule(_weightings.weighted_sum, needs_gramian=False)
-    return pair_transformation(rule, Choices(reg_weight, scope, mask, diagnostics))
+    return combine_pair(
+        weightings.weighted_sum, reg_weight, scope=scope, mask=mask, diagnostics=diagnostics
+    )

@@ -1,6 +1,7 @@
 """What a rule remembers of each group's conflict, and how to read it back."""
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -8,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dtnh_jax._gramian import Gramian, inner_product, times
+from dtnh_jax._geometry import real_product, scaled, total
 from dtnh_jax._numerics import ratio
-from dtnh_jax._weightings import Weights
+from dtnh_jax.weightings import Geometry, Weights
 
 
 class Measurement(NamedTuple):
@@ -31,7 +32,8 @@ class PairState(NamedTuple):
         groups: The names of the groups, in the order of the arrays, as keys of a mapping to
             ``None``: a part of the tree's structure, not an array, so it passes through jit,
             scan and checkpoints.
-        reference: The state of the reference: empty, or the transformation's that makes it.
+        reference: The state of the reference: empty, or of what makes it.
+        largest: With ``bound_by="running_max"``, the largest norm so far, of shape ``(groups,)``.
 
     Examples:
         >>> import jax.numpy as jnp, dtnh_jax
@@ -44,6 +46,7 @@ class PairState(NamedTuple):
     measurement: Measurement | None
     groups: dict[str, None]
     reference: Any = optax.EmptyState()
+    largest: jax.Array | None = None
 
 
 class Conflict(NamedTuple):
@@ -171,57 +174,40 @@ def no_measurement(n_rows: int, dtype: Any) -> Measurement:
     return Measurement(*(jnp.zeros(n_rows, dtype) for _ in Measurement._fields))
 
 
-def join(measurements: list[Measurement | None], before: Measurement | None) -> Measurement | None:
-    """The measurements of several regularizers, row under row, in the dtypes of ``before``."""
-    made = [each for each in measurements if each is not None]
-    if not made or before is None:
-        return None
-    # The state keeps its dtypes whatever the gradients' are: a scan carries it.
-    return Measurement(
-        *(
-            jnp.concatenate([each.astype(old.dtype) for each in column])
-            for *column, old in zip(*made, before, strict=True)
-        )
-    )
-
-
-def measure(gram: Gramian, removed: jax.Array) -> Measurement:
+def measure(geometry: Geometry, removed: jax.Array) -> Measurement:
     """The measurement of each group, from numbers that the rule has computed anyway."""
-    ref_norm, reg_norm = jnp.sqrt(gram.ref_sq), jnp.sqrt(gram.reg_sq)
-    return Measurement(
-        ref_norm=ref_norm,
-        reg_norm=reg_norm,
-        cosine=jnp.clip(ratio(gram.inner, ref_norm * reg_norm), -1, 1),
-        removed=removed,
-    )
+    cos = jnp.clip(ratio(geometry.along, geometry.reg_norm), -1, 1)
+    return Measurement(geometry.ref_norm, geometry.reg_norm, cos, removed)
 
 
-def removed_share(gram: Gramian, weights: Weights, reg_weight: jax.Array) -> jax.Array:
+def removed_share(geometry: Geometry, weights: Weights, reg_weight: jax.Array) -> jax.Array:
     """``‖b - (d - a)/λ‖ / ‖b‖`` of each group, for a direction ``d`` with these weights."""
-    ref_norm, reg_norm = jnp.sqrt(gram.ref_sq), jnp.sqrt(gram.reg_sq)
-    cos = ratio(gram.inner, ref_norm * reg_norm)
-    # The rule's r and b parts in units of λ‖b‖. A rule that scales the loss gradient may leave a
-    # tiny b with shares beyond any meaning, whose squares shall not overflow.
+    cos = ratio(geometry.along, geometry.reg_norm)
+    # The rule's parts along r and b in units of λ‖b‖. A rule that scales the loss gradient may
+    # leave a tiny b with shares beyond any meaning, whose squares must not overflow.
     limit = _largest_share(cos)
-    asked = reg_weight * reg_norm
-    x = jnp.clip(ratio(weights.ref_shift * ref_norm, asked), -limit, limit)
-    y = jnp.clip(ratio((weights.reg - reg_weight) * reg_norm, asked), -limit, limit)
+    x = jnp.clip(ratio(weights.ref, reg_weight * geometry.reg_norm), -limit, limit)
+    y = jnp.clip(ratio(weights.reg - reg_weight, reg_weight), -limit, limit)
     removed_sq = jnp.maximum(x**2 + 2 * x * y * cos + y**2, 0)
-    return jnp.where(gram.reg_sq > 0, jnp.sqrt(removed_sq), 0)
+    return jnp.where(geometry.reg_norm > 0, jnp.sqrt(removed_sq), 0)
 
 
 def _largest_share(x: jax.Array) -> float:
     return float(jnp.finfo(x.dtype).max) ** 0.25
 
 
-def removed_share_of_leaf(
-    b: jax.Array, change: jax.Array, reg_weight: jax.Array, leaf: Gramian
+def removed_by_element(
+    geometry: Geometry, parts: Iterable[tuple[jax.Array, jax.Array, int]], reg_weight: jax.Array
 ) -> jax.Array:
-    """:func:`removed_share` of a leaf from its ``d - a``, where each element is a group."""
-    factor = ratio(jnp.ones_like(reg_weight), reg_weight).astype(jnp.finfo(change.dtype).dtype)
-    removed = b.astype(change.dtype) - times(factor, change)
-    removed_sq = inner_product(removed, removed).astype(reg_weight.dtype)
-    share = jnp.sqrt(ratio(removed_sq, leaf.reg_sq))
+    """:func:`removed_share` of each leaf from its ``b`` and ``d - a``, each element a group."""
+    dtype = reg_weight.dtype
+    shares = [jnp.zeros([], dtype)] * len(reg_weight)
+    for b, change, row in parts:
+        inverse = ratio(jnp.ones([], dtype), reg_weight[row])
+        removed = total(scaled(b, 1, dtype), scaled(change, -inverse, dtype))
+        squares = jnp.sum(real_product(removed, removed, dtype))
+        shares[row] = ratio(jnp.sqrt(squares), geometry.reg_norm[row])
+    share = jnp.asarray(shares, dtype)
     return jnp.where(reg_weight > 0, jnp.minimum(share, _largest_share(share)), 0)
 
 

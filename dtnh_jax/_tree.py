@@ -1,5 +1,6 @@
 """How leaves are named, and how one tree is laid over another."""
 
+import functools
 from typing import Any
 
 import jax
@@ -14,12 +15,6 @@ def is_absent(node: Any) -> bool:
     return node is None or isinstance(node, optax.MaskedNode)
 
 
-def _is_box(node: Any) -> bool:
-    # Flax wraps arrays in nodes of their own (nnx.Variable, linen.Partitioned). A box is not a
-    # level of the model: its array goes by the name of the box.
-    return hasattr(node, "get_metadata") or hasattr(node, "unbox")
-
-
 def is_array(node: Any) -> bool:
     """Whether ``node`` is an array, a tracer or a number."""
     return isinstance(node, jax.Array | np.ndarray | np.generic | int | float | complex)
@@ -30,23 +25,33 @@ def leaves_of(tree: PyTree) -> list[Any]:
     return jax.tree.leaves(tree, is_leaf=is_absent)
 
 
-def leaf_paths(tree: PyTree) -> list[tuple[str, ...]]:
-    """The keys that lead to each leaf of ``tree``, in the order of :func:`leaves_of`."""
+def leaf_paths(tree: PyTree, *, absent: bool = True) -> list[tuple[str, ...]]:
+    """The keys that lead to each leaf of ``tree``, in order; absent leaves too unless told not."""
 
-    def keys(path: Any) -> tuple[str, ...]:
-        return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+    def is_leaf(node: Any) -> bool:
+        # Flax wraps arrays in nodes of their own (nnx.Variable, linen.Partitioned). Such a box is
+        # not a level of the model: its array goes by the name of the box.
+        return (
+            hasattr(node, "get_metadata")
+            or hasattr(node, "unbox")
+            or (absent and (node is None or isinstance(node, optax.MaskedNode)))
+        )
 
     paths = []
-    nodes, _ = jax.tree_util.tree_flatten_with_path(
-        tree, is_leaf=lambda node: is_absent(node) or _is_box(node)
-    )
-    for path, node in nodes:
-        inner, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_absent)
+    for path, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]:
+        keys = tuple([_key_name((key,)) for key in path])
+        if isinstance(node, jax.Array | np.ndarray) or jax.tree_util.all_leaves([node]):
+            paths.append(keys)
+            continue
+        inner = jax.tree_util.tree_flatten_with_path(node, is_leaf=is_absent if absent else None)[0]
         if len(inner) == 1:
-            paths.append(keys(path))
+            paths.append(keys)
         else:
-            paths.extend(keys(path) + keys(rest) for rest, _ in inner)
+            paths.extend(keys + tuple([_key_name((key,)) for key in rest]) for rest, _ in inner)
     return paths
+
+
+_key_name = functools.partial(jax.tree_util.keystr, simple=True)
 
 
 def path_name(path: tuple[str, ...]) -> str:

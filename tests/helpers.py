@@ -74,7 +74,7 @@ def oracle_groups(tree, scope):
     return list(groups.values())
 
 
-def oracle(loss_grads, reg_grads, reg_weight, scope, mode="conflict"):
+def oracle(loss_grads, reg_grads, reg_weight, scope, on_conflict="project"):
     """The direction by METHOD's formula, in float64, one group after the other."""
     a, treedef = jax.tree.flatten(wide(loss_grads))
     b = jax.tree.leaves(wide(reg_grads))
@@ -84,7 +84,7 @@ def oracle(loss_grads, reg_grads, reg_weight, scope, mode="conflict"):
             product = np.real(np.conj(x) * y)
             size = np.abs(x) ** 2
             c = np.divide(product, size, out=np.zeros_like(size), where=size > 0)
-            c = np.minimum(c, 0) if mode == "conflict" else c
+            c = np.minimum(c, 0) if on_conflict == "project" else c
             directions.append(x + reg_weight * (y - c * x))
         return treedef.unflatten(directions)
     directions = list(a)
@@ -92,7 +92,7 @@ def oracle(loss_grads, reg_grads, reg_weight, scope, mode="conflict"):
         loss, reg = [a[i] for i in group], [b[i] for i in group]
         size = inner(loss, loss)
         c = inner(loss, reg) / size if size > 0 else 0.0
-        c = min(c, 0.0) if mode == "conflict" else c
+        c = min(c, 0.0) if on_conflict == "project" else c
         for i in group:
             directions[i] = a[i] + reg_weight * (b[i] - c * a[i])
     return treedef.unflatten(directions)

@@ -1,4 +1,4 @@
-"""The bound on what the regularizer adds, and the preset that is built on it."""
+"""The bound on what the regularizer adds, and the presets that are built on it."""
 
 import functools
 
@@ -25,6 +25,17 @@ DECAY = 0.9
 WEIGHTS = [0.0, 1e-3, 0.7, 1e4, 1e12]
 SCOPES = ["global", "layer", "leaf"]
 ACTIONS = ["project", "gate", "cosine", "keep"]
+
+
+def preset(reg_weight, *, each=None, mask=None, **choices):
+    """The chain of `dtnh_sgd` before its learning rate."""
+    each = optax.trace(DECAY) if each is None else each
+    choices = {"scope": "layer", "on_conflict": "gate", "max_ratio": 1.0} | choices
+    several = len(reg_weight) if isinstance(reg_weight, tuple) else None
+    return optax.chain(
+        dtnh_jax.transform_pair(loss=each, reg=each, mask=mask, n_regularizers=several),
+        dtnh_jax.dtnh(reg_weight, mask=mask, **choices),
+    )
 
 
 def trees(seed, n=4):
@@ -94,14 +105,14 @@ def compiled(scope, action="gate"):
 
     @jax.jit
     def step(pair, state, reg_weight, max_ratio):
-        tx = dtnh_jax.bounded_dtnh(reg_weight, scope=scope, action=action, max_ratio=max_ratio)
+        tx = preset(reg_weight, scope=scope, on_conflict=action, max_ratio=max_ratio)
         return tx.update(pair, state)
 
     return step
 
 
 def run_compiled(pairs, reg_weight, scope, action="gate", max_ratio=1.0):
-    state = dtnh_jax.bounded_dtnh(1.0, scope=scope).init(jax.tree.map(jnp.asarray, pairs[0][0]))
+    state = preset(1.0, scope=scope).init(jax.tree.map(jnp.asarray, pairs[0][0]))
     directions = []
     for pair in pairs:
         direction, state = compiled(scope, action)(pair, state, reg_weight, max_ratio)
@@ -123,7 +134,7 @@ def test_agrees_with_the_oracle(scope, action):
 
 def test_agrees_with_the_oracle_without_a_bound():
     pairs = trees(4)
-    directions, _ = run(dtnh_jax.bounded_dtnh(50.0, max_ratio=None), pairs)
+    directions, _ = run(preset(50.0, max_ratio=None), pairs)
     of_loss, of_reg = (momenta(grads) for grads in zip(*pairs, strict=True))
     for direction, m_a, m_b in zip(directions, of_loss, of_reg, strict=True):
         assert relative_error(direction, oracle(m_a, m_b, 50.0, "layer", "gate", None)) < 2e-6
@@ -146,7 +157,7 @@ def test_never_opposes_the_momentum_and_never_outgrows_it(seed, scope, reg_weigh
 
 def test_elements_keep_their_signs_and_at_most_double():
     pairs = trees(5)
-    directions, _ = run(dtnh_jax.bounded_dtnh(1e6, scope="element"), pairs)
+    directions, _ = run(preset(1e6, scope="element"), pairs)
     ratios = [
         np.concatenate([np.ravel(x / y) for x, y in zip(*map(jax.tree.leaves, both), strict=True)])
         for both in zip(wide(directions), momenta([a for a, _ in pairs]), strict=True)
@@ -159,7 +170,10 @@ def test_elements_keep_their_signs_and_at_most_double():
 
 def test_without_a_bound_and_without_a_rule_it_is_sgd_of_the_sum():
     pairs = trees(7)
-    tx = dtnh_jax.bounded_dtnh(0.3, action="keep", max_ratio=None)
+    trace = optax.trace(DECAY)
+    tx = optax.chain(
+        dtnh_jax.transform_pair(loss=trace, reg=trace), dtnh_jax.weighted_sum(0.3, scope="layer")
+    )
     directions, _ = run(tx, pairs)
     both = [jax.tree.map(lambda a, b: a + 0.3 * b, *pair) for pair in pairs]
     for direction, wanted in zip(directions, momenta(both), strict=True):
@@ -168,7 +182,7 @@ def test_without_a_bound_and_without_a_rule_it_is_sgd_of_the_sum():
 
 def test_a_weight_of_zero_is_plain_training_to_the_bit():
     pairs = trees(9)
-    directions, _ = run(dtnh_jax.bounded_dtnh(0.0), pairs)
+    directions, _ = run(preset(0.0), pairs)
     trace = optax.trace(DECAY)
     state, update = trace.init(pairs[0][0]), jax.jit(trace.update)
     for direction, (a, _) in zip(directions, pairs, strict=True):
@@ -180,22 +194,22 @@ def test_a_weight_of_zero_is_plain_training_to_the_bit():
 def test_unreached_leaves_are_plain_training_to_the_bit(by):
     pairs = trees(11)
     kept = {"block": True, "dense": False, "temperature": True}
-    tx = dtnh_jax.bounded_dtnh(1e3, mask=kept if by == "mask" else None)
+    tx = preset(1e3, mask=kept if by == "mask" else None)
     if by == "none":
         pairs = [(a, b | {"dense": None}) for a, b in pairs]
     directions, state = run(tx, pairs)
-    plain, _ = run(dtnh_jax.bounded_dtnh(0.0), trees(11))
+    plain, _ = run(preset(0.0), trees(11))
     for direction, wanted in zip(directions, plain, strict=True):
         assert_trees_equal(direction["dense"], wanted["dense"])
     if by == "mask":
-        n_reg = len(jax.tree.leaves(state.reg))
+        n_reg = len(jax.tree.leaves(state[0].reg))
         assert n_reg == len(jax.tree.leaves(pairs[0][0])) - 2  # no momentum for what is masked
 
 
 def test_call_styles_jit_scan_and_vmap_agree():
     pairs = jax.tree.map(jnp.asarray, trees(13, n=3))
     params = pairs[0][0]
-    tx = dtnh_jax.bounded_dtnh(0.5)
+    tx = preset(0.5)
     eager, state = [], tx.init(params)
     for a, b in pairs:
         direction, state = tx.update(a, state, params, reg_grads=b)
@@ -225,7 +239,7 @@ def test_call_styles_jit_scan_and_vmap_agree():
 
 def test_it_is_compiled_once():
     pairs = jax.tree.map(jnp.asarray, trees(15))
-    tx = dtnh_jax.bounded_dtnh(0.5)
+    tx = preset(0.5)
     traces = []
 
     @jax.jit
@@ -242,10 +256,10 @@ def test_it_is_compiled_once():
 def test_several_regularizers_are_bounded_each():
     a = {"w": jnp.array([3.0, 4.0])}
     b = {"w": jnp.array([0.0, 1.0])}, {"w": jnp.array([1.0, 0.0])}
-    tx = dtnh_jax.bounded_dtnh((100.0, 0.5))
+    tx = preset((100.0, 0.5))
     direction, state = tx.update((a, b), tx.init(a))
     np.testing.assert_allclose(direction["w"], [3.5, 9.0], rtol=1e-6)
-    assert len(state.reg) == 2
+    assert len(state[0].reg) == 2
     assert dtnh_jax.conflict_stats(state).groups == ("0/.", "1/.")
     with pytest.raises(TypeError, match="2 weights"):
         tx.update((a, (b[0],)), tx.init(a))
@@ -253,7 +267,7 @@ def test_several_regularizers_are_bounded_each():
 
 def test_diagnostics_are_of_the_momenta():
     a = {"w": jnp.array([1.0, 0.0])}
-    tx = dtnh_jax.bounded_dtnh(1.0)
+    tx = preset(1.0)
     state = tx.init(a)
     _, state = tx.update((a, {"w": jnp.array([1.0, 0.0])}), state)
     assert not dtnh_jax.conflict_stats(state).total.conflict
@@ -267,9 +281,7 @@ def test_diagnostics_are_of_the_momenta():
 @pytest.mark.usefixtures("standard_promotion")  # what Adam needs
 def test_adam_for_both():
     pairs = trees(17)
-    tx = optax.chain(
-        dtnh_jax.bounded_dtnh(10.0, each=optax.scale_by_adam()), optax.scale_by_learning_rate(0.1)
-    )
+    tx = optax.chain(preset(10.0, each=optax.scale_by_adam()), optax.scale_by_learning_rate(0.1))
     directions, _ = run(tx, pairs)
     adam = optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(0.1))
     state = adam.init(jax.tree.map(jnp.asarray, pairs[0][0]))
@@ -282,7 +294,7 @@ def test_adam_for_both():
 
 def test_it_is_accumulated_for():
     a, b = jax.tree.map(jnp.asarray, trees(19, n=1)[0])
-    tx = dtnh_jax.bounded_dtnh(0.5)
+    tx = preset(0.5)
     whole, _ = tx.update((a, b), tx.init(a))
     accumulated = dtnh_jax.accumulate_pairs(tx, every_k=2)
     state = accumulated.init(a)
@@ -296,14 +308,14 @@ def test_it_is_accumulated_for():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
 def test_half_precision_keeps_its_dtype(dtype):
     pairs = jax.tree.map(lambda x: jnp.asarray(x, dtype), trees(21))
-    directions, _ = run(dtnh_jax.bounded_dtnh(10.0), pairs)
+    directions, _ = run(preset(10.0), pairs)
     assert {leaf.dtype for leaf in jax.tree.leaves(directions)} == {jnp.dtype(dtype)}
 
 
 def test_frozen_leaves_are_none():
     params = {"w": jnp.ones(2), "frozen": None}
     pair = ({"w": jnp.ones(2), "frozen": None}, {"w": jnp.ones(2), "frozen": None})
-    tx = dtnh_jax.bounded_dtnh(0.5)
+    tx = preset(0.5)
     direction, _ = tx.update(pair, tx.init(params), params)
     assert direction["frozen"] is None
     np.testing.assert_allclose(direction["w"], 1.5)
@@ -313,8 +325,14 @@ def test_frozen_leaves_are_none():
 @pytest.mark.parametrize("action", ACTIONS)
 def test_the_bound_of_dtnh_shortens_and_turns_nothing(action, scope):
     a, b = trees(23, n=1)[0]
-    free, _ = direction_of(rule("dtnh", 10.0, scope=scope, action=action), a, b)
-    bounded, _ = direction_of(rule("dtnh", 10.0, scope=scope, action=action, max_ratio=0.5), a, b)
+    if action == "keep":
+        unbounded = rule("weighted_sum", 10.0, scope=scope)
+    else:
+        unbounded = rule("dtnh", 10.0, scope=scope, on_conflict=action)
+    free, _ = direction_of(unbounded, a, b)
+    bounded, _ = direction_of(
+        rule("dtnh", 10.0, scope=scope, on_conflict=action, max_ratio=0.5), a, b
+    )
     one, other = wide(minus(free, a)), wide(minus(bounded, a))
     leaves = [jax.tree.leaves(tree) for tree in (wide(a), one, other)]
     if scope == "element":
@@ -362,7 +380,9 @@ def test_the_removed_share_counts_what_the_bound_took():
 
 def test_add_l2_sp_with_a_bound():
     params = {"w": jnp.array([30.0, 40.0])}
-    tx = dtnh_jax.add_l2_sp({"w": jnp.zeros(2)}, 1e3, scope="layer", action="gate", max_ratio=1.0)
+    tx = dtnh_jax.add_l2_sp(
+        {"w": jnp.zeros(2)}, 1e3, scope="layer", on_conflict="gate", max_ratio=1.0
+    )
     update, _ = tx.update({"w": jnp.array([0.0, 2.0])}, tx.init(params), params)
     np.testing.assert_allclose(update["w"], [1.2, 3.6], rtol=1e-6)
 
@@ -370,13 +390,14 @@ def test_add_l2_sp_with_a_bound():
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: dtnh_jax.bounded_dtnh(-1.0), ValueError, "reg_weight must be a number >= 0"),
-        (lambda: dtnh_jax.bounded_dtnh(1.0, max_ratio=-1.0), ValueError, "max_ratio must be"),
+        (lambda: preset(-1.0), ValueError, "reg_weight must be a number >= 0"),
+        (lambda: preset(1.0, max_ratio=-1.0), ValueError, "max_ratio must be"),
         (lambda: dtnh_jax.dtnh(1.0, max_ratio=float("nan")), ValueError, "max_ratio must be"),
         (lambda: dtnh_jax.dtnh(1.0, max_ratio="1"), TypeError, "max_ratio must be None or"),
         (lambda: dtnh_jax.dtnh(1.0, max_ratio=True), TypeError, "max_ratio must be None or"),
-        (lambda: dtnh_jax.bounded_dtnh(1.0, each=0.9), TypeError, "each must be an optax"),
-        (lambda: dtnh_jax.bounded_dtnh(1.0, action="drop"), ValueError, "'keep'; got 'drop'"),
+        (lambda: preset(1.0, each=0.9), TypeError, "loss must be an optax transformation"),
+        (lambda: dtnh_jax.transform_pair(reg=0.9), TypeError, "reg must be an optax"),
+        (lambda: preset(1.0, on_conflict="drop"), ValueError, "'keep'; got 'drop'"),
     ],
 )
 def test_errors(make, error, message):
@@ -386,7 +407,7 @@ def test_errors(make, error, message):
 
 def test_a_lone_tree_shows_the_right_call():
     params = {"w": jnp.ones(2)}
-    tx = dtnh_jax.bounded_dtnh(1.0)
+    tx = preset(1.0)
     with pytest.raises(TypeError, match="pair"):
         tx.update(params, tx.init(params), params)
 
@@ -394,7 +415,7 @@ def test_a_lone_tree_shows_the_right_call():
 def test_a_leaf_that_is_not_reached_counts_in_no_bound():
     a = {"layer": {"kernel": jnp.array([100.0, 0.0]), "bias": jnp.array([3.0, 4.0])}}
     b = {"layer": {"kernel": None, "bias": jnp.array([0.0, 2.0])}}
-    tx = dtnh_jax.bounded_dtnh(1e6)
+    tx = preset(1e6)
     direction, _ = tx.update((a, b), tx.init(a), a)
     np.testing.assert_allclose(direction["layer"]["bias"], [3.0, 9.0], rtol=1e-6)
     np.testing.assert_array_equal(direction["layer"]["kernel"], a["layer"]["kernel"])

@@ -162,3 +162,20 @@ def test_tables_have_no_unknown_cell():
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert len(cells) == 4
         assert all(cells[1:3])
+
+
+def test_multi_steps_around_a_link_that_makes_its_pair_is_right():
+    """Only reg_grads= from outside are those of one micro-batch; a pair made inside is not."""
+
+    def make_pair(updates, state, params=None):
+        return dtnh_jax.GradientPair(updates, params), state
+
+    pull = optax.GradientTransformation(optax.identity().init, make_pair)
+    inner = optax.chain(pull, rule(), optax.sgd(1.0))
+    tx = optax.MultiSteps(inner, 2)
+    state = tx.init(PARAMS)
+    for pair in PAIRS:
+        updates, state = tx.update(pair[0], state, PARAMS)
+    mean = jax.tree.map(lambda x, y: (x + y) / 2, PAIRS[0][0], PAIRS[1][0])
+    wanted, _ = inner.update(mean, inner.init(PARAMS), PARAMS)
+    assert_close(updates, wanted)

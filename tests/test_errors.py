@@ -30,9 +30,9 @@ def test_reg_weight_of_a_wrong_type(value):
         dtnh_jax.dtnh(value)
 
 
-def test_unknown_mode():
-    with pytest.raises(ValueError, match=r"'conflict' or 'orthogonal'; got 'Conflict'"):
-        dtnh_jax.dtnh(0.1, mode="Conflict")
+def test_unknown_on_conflict():
+    with pytest.raises(ValueError, match=r"'project', 'orthogonal'.*got 'Project'"):
+        dtnh_jax.dtnh(0.1, on_conflict="Project")
 
 
 def test_unknown_scope():
@@ -74,10 +74,21 @@ def test_pair_of_a_tuple_of_two_is_understood():
     np.testing.assert_allclose(direction[0], 2.0)
 
 
-@pytest.mark.parametrize("pair", [(A, B), dtnh_jax.GradientPair(A, B)], ids=["tuple", "pair"])
-def test_reg_grads_twice(pair):
+def test_reg_grads_twice():
     with pytest.raises(TypeError, match="reg_grads came twice"):
-        update(pair, reg_grads=B)
+        update((A, B), reg_grads=B)
+
+
+def test_a_gradient_pair_wins_over_the_reg_grads_that_a_chain_hands_on():
+    """After a link from pairs to pairs, the rule combines what that link made."""
+    tx = optax.chain(dtnh_jax.transform_pair(reg=optax.scale(2.0)), dtnh_jax.dtnh(1.0))
+    params = jax.tree.map(jnp.zeros_like, A)
+    by_name, _ = tx.update(A, tx.init(params), params, reg_grads=B)
+    by_pair, _ = tx.update((A, B), tx.init(params), params)
+    wanted, _ = update((A, jax.tree.map(lambda x: 2 * x, B)))
+    for got in (by_name, by_pair):
+        for x, y in zip(*map(jax.tree.leaves, (got, wanted)), strict=True):
+            np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,9 @@ def test_schedule_is_read_by_the_step(pair):
 
 
 def test_inject_hyperparams(pair, standard_promotion):
-    tx = optax.inject_hyperparams(dtnh_jax.dtnh)(reg_weight=0.5, scope="layer", mode="orthogonal")
+    tx = optax.inject_hyperparams(dtnh_jax.dtnh)(
+        reg_weight=0.5, scope="layer", on_conflict="orthogonal"
+    )
     state = tx.init(pair.loss_grads)
     assert state.hyperparams["reg_weight"] == 0.5
     update = jax.jit(tx.update)

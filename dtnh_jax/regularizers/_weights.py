@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from dtnh_jax._groups import Mask, reached
+from dtnh_jax._layout import Mask, reached
 from dtnh_jax._numerics import compute_dtype, widened
 from dtnh_jax._tree import PyTree, check_same_shape, is_absent, lay_over, leaf_names, leaves_of
 
