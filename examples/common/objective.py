@@ -57,14 +57,14 @@ class Regularizer(NamedTuple):
     """A regularizer of the library, as a function of :class:`RegularizerInputs`.
 
     Attributes:
-        compute: Returns the value, a scalar.
         weight: λ as in the authors' code; 0.01 where none is published for fine-tuning.
         needs: The optional fields of the inputs that ``compute`` reads.
+        compute: Returns the value, a scalar.
     """
 
-    compute: Callable[[RegularizerInputs], jax.Array]
     weight: float
-    needs: tuple[str, ...] = ()
+    needs: tuple[str, ...]
+    compute: Callable[[RegularizerInputs], jax.Array]
 
     def __call__(self, inputs: RegularizerInputs) -> jax.Array:
         """Computes the value.
@@ -83,20 +83,27 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) 
     return jnp.mean(optax.softmax_cross_entropy(logits, targets))
 
 
-def _shared(x: RegularizerInputs, tree: Params) -> Params:
+def _trained(x: RegularizerInputs, tree: Params) -> Params:
     """``tree`` without the head, which is new, and without frozen parameters."""
-    head = dict.fromkeys(x.params["head"])
     return jax.tree.map(
         lambda param, value: None if param is None else value,
         x.params,
-        tree | {"head": head},
+        tree | {"head": dict.fromkeys(x.params["head"])},
         is_leaf=lambda leaf: leaf is None,
     )
 
 
-def _source_logits(x: RegularizerInputs) -> jax.Array:
+def _shared(x: RegularizerInputs) -> Params:
+    return _trained(x, x.source_params)
+
+
+def _source_head(x: RegularizerInputs) -> jax.Array:
     """The logits of the source's head on the features of the network that is fine-tuned."""
     return resnet.head_logits(x.source_params["head"], x.output.features["pooled"])
+
+
+def _logits(x: RegularizerInputs) -> tuple[jax.Array, jax.Array]:
+    return _source_head(x), x.source_output.logits
 
 
 def _features(x: RegularizerInputs) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
@@ -104,88 +111,68 @@ def _features(x: RegularizerInputs) -> tuple[dict[str, jax.Array], dict[str, jax
     return {name: ours[name] for name in x.features}, {name: theirs[name] for name in x.features}
 
 
-def _adversarial(x: RegularizerInputs) -> jax.Array:
-    return regularizers.adversarial(
-        lambda scaled: x.predict(scaled * x.epsilon),
-        x.images / x.epsilon,
-        x.key,
-        epsilon=1.0,
-        step_size=0.25,
-        steps=5,
-    )
-
-
-def _virtual_adversarial(x: RegularizerInputs) -> jax.Array:
-    return regularizers.virtual_adversarial(
-        lambda scaled: x.predict(scaled * x.epsilon),
-        x.images / x.epsilon,
-        x.key,
-        epsilon=x.images[0].size ** 0.5,
-    )
+def _in_epsilons(x: RegularizerInputs) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+    return lambda scaled: x.predict(scaled * x.epsilon), x.images / x.epsilon
 
 
 _HEAD = ("source_params", "source_output")
-_INPUTS = ("images", "predict", "key", "epsilon")
+_MAPS = ("source_output",)
+_PERTURBED = ("images", "predict", "key", "epsilon")
 
-REGULARIZERS: dict[str, Regularizer] = {
-    "none": Regularizer(lambda x: jnp.zeros([]), 0.0),
-    "l2": Regularizer(lambda x: regularizers.l2(x.params), 5e-4),
+REGULARIZERS = {
+    "none": Regularizer(0.0, (), lambda x: jnp.zeros([])),
+    "l2": Regularizer(5e-4, (), lambda x: regularizers.l2(x.params)),
     "l2_sp": Regularizer(
-        lambda x: regularizers.l2_sp(x.params, _shared(x, x.source_params)),
-        0.01,
-        needs=("source_params",),
+        0.01, ("source_params",), lambda x: regularizers.l2_sp(x.params, _shared(x))
     ),
     "l2_sp_fisher": Regularizer(
-        lambda x: regularizers.l2_sp_fisher(
-            x.params, _shared(x, x.source_params), _shared(x, x.fisher)
-        ),
         0.01,
-        needs=("source_params", "fisher"),
+        ("source_params", "fisher"),
+        lambda x: regularizers.l2_sp_fisher(x.params, _shared(x), _trained(x, x.fisher)),
     ),
-    # Learning without forgetting: the source's head keeps its outputs, on features that change.
+    # Learning without forgetting: the head of the source keeps its outputs on the new features.
     "distillation": Regularizer(
-        lambda x: regularizers.distillation(
-            _source_logits(x), x.source_output.logits, temperature=x.temperature
-        ),
-        1.0,
-        needs=_HEAD,
+        1.0, _HEAD, lambda x: regularizers.distillation(*_logits(x), temperature=x.temperature)
     ),
-    "logit_matching": Regularizer(
-        lambda x: regularizers.logit_matching(_source_logits(x), x.source_output.logits),
-        0.01,
-        needs=_HEAD,
-    ),
-    "label_smoothing": Regularizer(
-        lambda x: regularizers.label_smoothing(_source_logits(x), x.source_output.logits),
-        0.1,
-        needs=_HEAD,
-    ),
+    "logit_matching": Regularizer(0.01, _HEAD, lambda x: regularizers.logit_matching(*_logits(x))),
+    "label_smoothing": Regularizer(0.1, _HEAD, lambda x: regularizers.label_smoothing(*_logits(x))),
     "co_tuning": Regularizer(
-        lambda x: regularizers.co_tuning(_source_logits(x), x.labels, x.relationship),
         2.3,
-        needs=("source_params", "labels", "relationship"),
+        ("source_params", "labels", "relationship"),
+        lambda x: regularizers.co_tuning(_source_head(x), x.labels, x.relationship),
     ),
     # The paper's knowledge distillation.
     "feature_distillation": Regularizer(
-        lambda x: regularizers.feature_distillation(*_features(x)), 0.01, needs=("source_output",)
+        0.01, _MAPS, lambda x: regularizers.feature_distillation(*_features(x))
     ),
     "attention_transfer": Regularizer(
-        lambda x: regularizers.attention_transfer(*_features(x)), 1000.0, needs=("source_output",)
+        1000.0, _MAPS, lambda x: regularizers.attention_transfer(*_features(x))
     ),
-    "delta": Regularizer(
-        lambda x: regularizers.delta(*_features(x)), 0.01, needs=("source_output",)
-    ),
+    "delta": Regularizer(0.01, _MAPS, lambda x: regularizers.delta(*_features(x))),
     # DELTA with channel weights, in the scale of the authors' code.
     "delta_attention": Regularizer(
-        lambda x: regularizers.delta(*_features(x), x.channel_weights, scale="channels/positions"),
         0.01,
-        needs=("source_output", "channel_weights"),
+        (*_MAPS, "channel_weights"),
+        lambda x: regularizers.delta(*_features(x), x.channel_weights, scale="channels/positions"),
     ),
     "batch_spectral_shrinkage": Regularizer(
-        lambda x: regularizers.batch_spectral_shrinkage(x.output.features["pooled"]), 1e-3
+        1e-3, (), lambda x: regularizers.batch_spectral_shrinkage(x.output.features["pooled"])
     ),
-    "adversarial": Regularizer(_adversarial, 1.0, needs=_INPUTS),
-    "virtual_adversarial": Regularizer(_virtual_adversarial, 1.0, needs=_INPUTS),
+    # The perturbation is measured in units of epsilon, which differs by channel.
+    "adversarial": Regularizer(
+        1.0,
+        _PERTURBED,
+        lambda x: regularizers.adversarial(
+            *_in_epsilons(x), x.key, epsilon=1.0, step_size=0.25, steps=5
+        ),
+    ),
+    "virtual_adversarial": Regularizer(
+        1.0,
+        _PERTURBED,
+        lambda x: regularizers.virtual_adversarial(
+            *_in_epsilons(x), x.key, epsilon=x.images[0].size ** 0.5
+        ),
+    ),
 }
 
 

@@ -1,6 +1,7 @@
 """The settings of a run, their presets and their checks."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -217,11 +218,8 @@ class Config:
         _check_training(self.training)
         _check_transfer(self.transfer)
         _check_devices(self.devices)
-        if self.output.keep_last < 1 or self.output.log_every < 1 or self.checkpoint_every < 1:
-            raise ValueError(
-                "keep_last, log_every and checkpoint_every must be at least 1; got "
-                f"{self.output.keep_last}, {self.output.log_every}, {self.checkpoint_every}."
-            )
+        for name in ("keep_last", "log_every", "checkpoint_every"):
+            _check(self.output, name, lambda value: value >= 1, "be at least 1")
 
     @property
     def checkpoint_every(self) -> int:
@@ -257,33 +255,17 @@ def preset(name: PresetName, dataset: Any) -> Config:
 
 
 def _check_training(training: TrainingConfig) -> None:
-    for name in (
-        "steps",
-        "batch_size",
-        "accumulate",
-        "evaluate_every",
-        "evaluation_batch_size",
-    ):
-        if getattr(training, name) < 1:
-            raise ValueError(f"{name} must be at least 1; got {getattr(training, name)}.")
-    for name in ("learning_rate", "head_learning_rate"):
-        if not getattr(training, name) > 0:
-            raise ValueError(f"{name} must be positive; got {getattr(training, name)}.")
+    for name in ("steps", "batch_size", "accumulate", "evaluate_every", "evaluation_batch_size"):
+        _check(training, name, lambda value: value >= 1, "be at least 1")
+    for name in ("learning_rate", "head_learning_rate", "clip_norm"):
+        _check(training, name, lambda value: value > 0, "be positive")
     for name in ("momentum", "label_smoothing", "average_decay"):
-        value = getattr(training, name)
-        if value is not None and not 0 <= value < 1:
-            raise ValueError(f"{name} must be at least 0 and below 1; got {value}.")
-    if training.weight_decay < 0:
-        raise ValueError(f"weight_decay must not be negative; got {training.weight_decay}.")
-    if training.clip_norm is not None and not training.clip_norm > 0:
-        raise ValueError(f"clip_norm must be positive; got {training.clip_norm}.")
-    if not 0 <= training.warmup_steps < training.steps:
-        raise ValueError(
-            f"warmup_steps must be at least 0 and below steps, {training.steps}; got "
-            f"{training.warmup_steps}."
-        )
-    if not all(0 < share < 1 for share in training.decay_at):
-        raise ValueError(f"decay_at has shares of all steps, in (0, 1); got {training.decay_at}.")
+        _check(training, name, lambda value: 0 <= value < 1, "be at least 0 and below 1")
+    _check(training, "weight_decay", lambda value: value >= 0, "not be negative")
+    below_steps = f"be at least 0 and below steps, {training.steps}"
+    _check(training, "warmup_steps", lambda value: 0 <= value < training.steps, below_steps)
+    in_range = "be fractions of all steps, in (0, 1)"
+    _check(training, "decay_at", lambda shares: all(0 < x < 1 for x in shares), in_range)
     if training.batch_size % training.accumulate:
         raise ValueError(
             f"batch_size must be a multiple of accumulate; got {training.batch_size} images in "
@@ -292,17 +274,11 @@ def _check_training(training: TrainingConfig) -> None:
 
 
 def _check_transfer(transfer: TransferConfig) -> None:
-    if transfer.reg_weight is not None and not transfer.reg_weight >= 0:
-        raise ValueError(f"reg_weight must not be negative; got {transfer.reg_weight}.")
-    if not 0 <= transfer.reference_decay < 1:
-        raise ValueError(
-            f"reference_decay must be at least 0 and below 1; got {transfer.reference_decay}."
-        )
+    for name in ("reg_weight", "max_ratio"):
+        _check(transfer, name, lambda value: value >= 0, "not be negative")
     for name in ("temperature", "epsilon", "estimation_images"):
-        if not getattr(transfer, name) > 0:
-            raise ValueError(f"{name} must be positive; got {getattr(transfer, name)}.")
-    if transfer.max_ratio is not None and not transfer.max_ratio >= 0:
-        raise ValueError(f"max_ratio must not be negative; got {transfer.max_ratio}.")
+        _check(transfer, name, lambda value: value > 0, "be positive")
+    _check(transfer, "reference_decay", lambda value: 0 <= value < 1, "be at least 0 and below 1")
     for name, rules in (
         ("on_conflict", ("dtnh", "decoupled")),
         ("reference_decay", ("dtnh", "decoupled")),
@@ -316,15 +292,18 @@ def _check_transfer(transfer: TransferConfig) -> None:
 
 
 def _check_devices(devices: DeviceConfig) -> None:
-    if devices.mesh not in ("data", "fsdp") and not re.fullmatch(
-        r"[1-9]\d*x[1-9]\d*", devices.mesh
-    ):
-        raise ValueError(f"mesh must be data, fsdp, or like 4x2; got {devices.mesh!r}.")
-    if devices.prefetch < 1:
-        raise ValueError(f"prefetch must be at least 1; got {devices.prefetch}.")
+    mesh = re.compile(r"data|fsdp|[1-9]\d*x[1-9]\d*")
+    _check(devices, "mesh", mesh.fullmatch, "be data, fsdp, or like 4x2")
+    _check(devices, "prefetch", lambda value: value >= 1, "be at least 1")
     together = devices.coordinator is not None and devices.coordinator != "auto"
     if together != (devices.processes is not None) or together != (devices.process is not None):
         raise ValueError(
             "Several processes need coordinator, processes and process, all three; or "
             "coordinator=auto alone, on a cluster that JAX detects."
         )
+
+
+def _check(settings: Any, name: str, is_valid: Callable[[Any], Any], requirement: str) -> None:
+    value = getattr(settings, name)
+    if value is not None and not is_valid(value):
+        raise ValueError(f"{name} must {requirement}; got {value!r}.")

@@ -37,13 +37,12 @@ def make_optimizer(
     decay = optax.add_decayed_weights(training.weight_decay, mask=_is_kernel)
     if training.optimizer == "sgd":
         momentum = optax.trace(training.momentum, nesterov=training.nesterov)
-        step, rate = optax.chain(clip, decay, momentum), scale_by_learning_rate(training)
+        step = optax.chain(clip, decay, momentum)
+        rate = scale_by_learning_rate(training)
     else:
         momentum = optax.scale_by_adam(b1=training.momentum, nesterov=training.nesterov)
-        step, rate = (
-            optax.chain(clip, momentum),
-            optax.chain(decay, scale_by_learning_rate(training)),
-        )
+        step = optax.chain(clip, momentum)
+        rate = optax.chain(decay, scale_by_learning_rate(training))
 
     if transfer.regularizer == "none":
         tx = optax.chain(dtnh_jax.weighted_sum(0.0, diagnostics=False), step, rate)

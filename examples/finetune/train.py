@@ -74,9 +74,6 @@ def run(config: Config) -> Outcome:
     )
 
 
-# Setup: devices, pre-trained weights, and what the regularizer needs of them.
-
-
 class Task(NamedTuple):
     """What is constant during a run.
 
@@ -117,9 +114,6 @@ def setup(config: Config, dataset: Dataset) -> Task:
     return Task(config, mesh, model, initial, loaded.config, kept, mean, std)
 
 
-# State: what changes during a run, and is in the checkpoints.
-
-
 class TrainState(NamedTuple):
     """What changes during a run.
 
@@ -152,9 +146,6 @@ def initial_state(task: Task, optimizer: Optimizer) -> TrainState:
         average=None if task.config.training.average_decay is None else task.initial,
         diverged_at=jnp.zeros([], jnp.int32),
     )
-
-
-# The objective: loss and regularizer from one forward pass, and the gradient of each.
 
 
 # --8<-- [start:objective]
@@ -191,9 +182,6 @@ def gradients(task: Task, network: Network, source: Source, batch: Batch, key: j
 
 
 # --8<-- [end:objective]
-
-
-# The step: gradients of one micro-batch, and an update after the last one of a step.
 
 
 # --8<-- [start:step]
@@ -245,9 +233,6 @@ def evaluation_step(task: Task, network: Network, batch: Batch) -> Predictions:
     return metrics.predict(logits, batch.labels, batch.valid)
 
 
-# Compilation: the functions above for the devices of the run.
-
-
 class Program(NamedTuple):
     """The compiled functions of a run.
 
@@ -293,9 +278,6 @@ def regularized(task: Task) -> Params:
     return jax.tree.map(
         lambda _, grad: grad is not None, trained(params, task.config.model.freeze), pair.reg_grads
     )
-
-
-# The loop: steps, records, evaluations and checkpoints.
 
 
 # --8<-- [start:loop]
@@ -376,9 +358,6 @@ def training_batches(task: Task, dataset: Dataset) -> DeviceBatches:
         **devices.process(),
     )
     return data.to_device(batches, devices.batch_sharding(task.mesh), config.devices.prefetch)
-
-
-# Evaluation and export.
 
 
 def evaluate(task: Task, program: Program, network: Network, images: data.Source) -> Metrics:
