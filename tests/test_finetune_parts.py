@@ -3,6 +3,8 @@
 
 import dataclasses
 import functools
+import pathlib
+import re
 from typing import get_args
 
 import jax
@@ -20,7 +22,7 @@ from helpers import relative_error
 
 import dtnh_jax
 from benchmarks import combination
-from examples.common import data, objective
+from examples.common import data, objective, resnet
 from examples.finetune import devices, freeze, optimizer
 from examples.finetune.__main__ import main, parse
 from examples.finetune.config import (
@@ -465,3 +467,28 @@ def test_what_the_network_needs(directory, capsys):
     assert "omit --architecture and --width" in capsys.readouterr().err
     assert main([*images, *weights, "--regularizer", "delta", "--features", "layer7"]) == 1
     assert "No feature maps: layer7. There are conv1" in capsys.readouterr().err
+
+
+def test_the_sections_that_the_docs_include_are_in_the_code():
+    root = pathlib.Path(__file__).parents[1]
+    page = (root / "docs" / "finetuning.md").read_text()
+    includes = re.findall(r'^--8<-- "(.+):(.+)"$', page, re.MULTILINE)
+    assert len(includes) >= 5
+    for file, section in includes:
+        code = (root / file).read_text()
+        for marker in ("start", "end"):
+            assert code.count(f"# --8<-- [{marker}:{section}]\n") == 1, (file, section)
+
+
+def test_a_regularizer_says_which_inputs_it_needs():
+    output = resnet.Output(jnp.zeros((2, 3)), {"pooled": jnp.ones((2, 4))}, {})
+    params = {"conv1": {"kernel": jnp.ones(2)}, "head": {"kernel": jnp.ones((4, 3))}}
+    given = objective.RegularizerInputs(params, output)
+    for name, regularizer in objective.REGULARIZERS.items():
+        if regularizer.needs:
+            with pytest.raises(ValueError, match=f"needs {', '.join(regularizer.needs)}; got None"):
+                regularizer(given)
+        else:
+            assert regularizer(given).shape == (), name
+    source = {"conv1": {"kernel": jnp.zeros(2)}, "head": {"kernel": jnp.ones((4, 5))}}
+    assert objective.REGULARIZERS["l2_sp"](given._replace(source_params=source)) == 1
