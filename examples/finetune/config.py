@@ -77,7 +77,7 @@ class TransferConfig:
     """The regularizer Ω. delta_attention is DELTA with channel weights, delta without."""
     rule: RuleName = "bounded_dtnh"
     """The rule that combines the gradients of loss and regularizer.
-    bounded_dtnh is the recommended one: dtnh_sgd or dtnh_adamw of the library, by optimizer.
+    bounded_dtnh, the recommended one, is dtnh_sgd or dtnh_adamw, depending on the optimizer.
     dtnh is the paper's."""
     reg_weight: float | None = None
     """The weight λ of the regularizer. If not set, that of the regularizer's authors."""

@@ -22,7 +22,7 @@ def make_optimizer(
     Args:
         transfer: The rule and its options.
         training: The optimizer and its options.
-        mask: ``False`` for parameters that the regularizer does not reach; ``None`` for none.
+        mask: A tree of booleans: which parameters have a regularizer gradient; ``None`` for all.
 
     Returns:
         A transformation that takes a ``dtnh_jax.GradientPair``.

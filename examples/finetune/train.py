@@ -272,7 +272,8 @@ def make_program(task: Task) -> Program:
 def regularized(task: Task) -> Params:
     """Which of the trained parameters have a regularizer gradient, as a tree of booleans."""
     size, params = task.config.data.image_size, task.initial.params
-    batch = Batch(*map(jnp.zeros, ((2, size, size, 3), 2, 2), (jnp.uint8, jnp.int32, jnp.bool_)))
+    images = jnp.zeros((2, size, size, 3), jnp.uint8)
+    batch = Batch(images, jnp.zeros(2, jnp.int32), jnp.ones(2, jnp.bool_))
     of_batch = functools.partial(gradients, task)
     _, pair = jax.eval_shape(of_batch, task.initial, task.source, batch, jax.random.key(0))
     return jax.tree.map(
