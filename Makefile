@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OLDEST := $(VENV)-oldest
+NEWEST := $(VENV)-newest
 TFDS := $(VENV)-tfds
 
-.PHONY: demo bench test test-oldest test-tfds lint types docs check clean
+.PHONY: demo bench test test-oldest test-newest test-tfds lint types docs check clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.digits
@@ -20,6 +21,17 @@ test: $(VENV)/.dev
 # The lower bounds of the dependencies, without the packages of the examples.
 test-oldest: $(OLDEST)/.installed
 	$(OLDEST)/bin/python -m pytest dtnh_jax tests
+
+# The newest Python on the machine, if it is newer than PYTHON, and the newest dependencies for it.
+test-newest:
+	@newest=$$(.ci/newest-python $(PYTHON)) || exit; \
+	if [ -n "$$newest" ]; then \
+		"$$newest" --version; \
+		rm -rf $(NEWEST); \
+		$(MAKE) test PYTHON="$$newest" VENV=$(NEWEST); \
+	else \
+		echo "Skipped test-newest: no Python here is newer than $(PYTHON), $$($(PYTHON) --version)."; \
+	fi
 
 # Preparing data sets, the one thing that needs TensorFlow.
 test-tfds: $(TFDS)/.installed
@@ -38,7 +50,7 @@ docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(TFDS) site results
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(TFDS) site results
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

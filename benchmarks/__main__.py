@@ -1,4 +1,4 @@
-"""Reads the command line and makes the tables: `python -m benchmarks --help`."""
+"""Runs the benchmarks and writes the tables: `python -m benchmarks --help`."""
 
 import time
 from collections.abc import Callable
@@ -32,7 +32,7 @@ RUNS: dict[Section, Callable[[Sizes, Ceilings], Table]] = {
 
 
 def main(config: Config) -> None:
-    """Makes the tables that were asked for."""
+    """Runs the selected benchmarks."""
     start = time.perf_counter()
     console = Console(highlight=False)
     sizes = config.settled()

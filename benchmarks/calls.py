@@ -1,7 +1,6 @@
-"""How many Python calls one eager update makes inside the package: `python -m benchmarks.calls`.
+"""Counts the Python calls of one eager update inside the package: `python -m benchmarks.calls`.
 
-A count, not a time: it is the same on every machine. It says how far a reader, or a debugger, has
-to follow one update.
+The count does not depend on the machine. It measures how much code one update runs through.
 """
 
 import sys
@@ -17,11 +16,11 @@ PACKAGE = str(Path(dtnh_jax.__file__).parent)
 
 
 class Calls(NamedTuple):
-    """Of one update, inside the package.
+    """The calls of one update inside the package.
 
     Attributes:
         calls: Function calls, comprehensions and generators counted.
-        changes_of_file: Calls into another file than the one before.
+        changes_of_file: Calls into a file other than that of the previous call.
     """
 
     calls: int
@@ -39,7 +38,7 @@ def count(tx: optax.GradientTransformation) -> Calls:
     layer = {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}
     tree = {f"layer{i}": layer for i in range(3)}
     pair, state = dtnh_jax.GradientPair(tree, tree), tx.init(tree)
-    tx.update(pair, state, tree)  # what is done once only is done
+    tx.update(pair, state, tree)  # work that is done only once
     files: list[str] = []
 
     def profile(frame: Any, event: str, _: Any) -> None:

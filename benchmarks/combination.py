@@ -1,4 +1,4 @@
-"""The update of each rule alone, on a given pair of gradients."""
+"""The time of each rule alone, on a given pair of gradients."""
 
 import functools
 import importlib
@@ -33,7 +33,7 @@ THEIR_RULES = ("bloop_direction", "pcgrad_direction")
 
 
 class Inputs(NamedTuple):
-    """Trees of one structure: the pair, and the weights now and before."""
+    """Trees of the same structure: the pair, the parameters and the pre-trained parameters."""
 
     loss_grads: Any
     reg_grads: Any
@@ -45,10 +45,10 @@ class Contestant(NamedTuple):
     """One way to combine two gradients.
 
     Attributes:
-        function: What is compiled.
-        arguments: What it is called with.
-        passes: How many trees it must read or write, if no group fits into a cache; ``None`` where
-            nobody has counted.
+        function: The function to compile.
+        arguments: Its arguments.
+        passes: The number of trees that it reads or writes if no group fits into a cache; ``None``
+            if unknown.
     """
 
     function: Callable[..., Any]
@@ -67,7 +67,7 @@ def link(tx: optax.GradientTransformation, passes: int | None = None) -> Contest
 
 
 def closed_form(tx: optax.GradientTransformation, passes: int) -> Contestant:
-    """A link of an Optax chain, fed with the gradient of L2-SP in closed form."""
+    """A link of an Optax chain, with the gradient of L2-SP in closed form."""
 
     def update(loss_grads: Any, params: Any, pretrained: Any, state: Any) -> Any:
         pull = regularizers.l2_sp_gradient(params, pretrained)
@@ -80,12 +80,12 @@ def closed_form(tx: optax.GradientTransformation, passes: int) -> Contestant:
 
 
 def literal(a: Any, b: Any) -> Any:
-    """What one writes by hand."""
+    """The weighted sum without the library."""
     return jax.tree.map(lambda a, b: a + REG_WEIGHT * b, a, b)
 
 
 def dtnh_by_hand(scope: Literal["global", "leaf"]) -> Callable[..., Any]:
-    """DTNH as one writes it by hand, without a thought of scales, masks and diagnostics."""
+    """The rule without the library, and without masks and diagnostics."""
 
     def update(a: Any, b: Any) -> Any:
         inner = jax.tree.map(lambda a, b: jnp.sum(a * b), a, b)
@@ -107,15 +107,15 @@ def plain(function: Callable[[Any, Any], Any], passes: int) -> Contestant:
 
 
 def ml_bloop() -> ModuleType | None:
-    """The published code of BLOOP, if it is installed."""
+    """The published BLOOP package, if it is installed."""
     try:
         return importlib.import_module("bloop.optim")
-    except ImportError:  # none, or another package of that name
+    except ImportError:  # not installed, or another package of that name
         return None
 
 
 def theirs(published: ModuleType, direction: str) -> Contestant:
-    """A rule of the published code of BLOOP."""
+    """A rule of the published BLOOP package."""
     init = {"bloop_direction": "init_bloop", "pcgrad_direction": "init_pcgrad"}[direction]
 
     def arguments(inputs: Inputs) -> tuple[Any, ...]:
@@ -162,7 +162,7 @@ def contestants(*, all_rules: bool) -> dict[str, Contestant]:
     found["decoupled layer"] = link(
         dtnh_jax.decoupled(sgd, REG_WEIGHT, learning_rate=0.1, scope="layer"), 5
     )
-    # The preset has a momentum in it for each gradient.
+    # For comparison with the preset, which includes momenta.
     found["dtnh layer, momentum"] = link(
         optax.chain(dtnh_jax.dtnh(REG_WEIGHT, scope="layer"), optax.trace(0.9))
     )
@@ -179,7 +179,7 @@ def program(name: str, of_contestant: str) -> Program:
 
 
 def run(sizes: Sizes, ceilings: Ceilings) -> Table:
-    """The table of times."""
+    """Times the contestants."""
     rows: list[Row] = []
     for name in sizes.trees:
         all_rules = name in sizes.all_rules_on
@@ -216,7 +216,7 @@ def run(sizes: Sizes, ceilings: Ceilings) -> Table:
     return Table(
         "combination",
         "The combination alone",
-        "The update of each rule on a given pair. Ratios are medians over repetitions; the floor "
-        "is passes × bytes of the tree at the measured triad bandwidth.",
+        "The time of each rule on a given pair of gradients. Ratios are medians over repetitions; "
+        "the floor is passes × bytes of the tree / measured triad bandwidth.",
         rows,
     )

@@ -1,4 +1,4 @@
-"""Compilation: time and program size against the number of leaves."""
+"""Compilation time and program size by number of leaves."""
 
 import time
 
@@ -18,7 +18,7 @@ CONTESTANTS = (
 
 
 def run(sizes: Sizes, ceilings: Ceilings) -> Table:
-    """The table. A contestant that would overrun what time is left is out of the race."""
+    """Compiles the contestants; those that would exceed the remaining time are skipped."""
     del ceilings
     rows: list[Row] = []
     known = combination.contestants(all_rules=False)
@@ -34,7 +34,7 @@ def run(sizes: Sizes, ceilings: Ceilings) -> Table:
                 continue
             contestant = known[name]
             arguments = jax.eval_shape(contestant.arguments, inputs)
-            # What another contestant has traced would be traced for nothing.
+            # Do not reuse what was traced for another contestant.
             jax.clear_caches()
             program = compile_program(contestant.function, *arguments)
             last[name] = program.lower_seconds + program.compile_seconds, n_leaves
@@ -52,8 +52,8 @@ def run(sizes: Sizes, ceilings: Ceilings) -> Table:
     return Table(
         "compile",
         "Compilation",
-        "Layers of a 32×32 kernel and a bias. Instructions: of the optimized program, within "
-        "fusions too; launches: those of a usual run."
-        + (" Rows are missing that would have overrun the time for it." if left_out else ""),
+        "Layers of a 32×32 kernel and a bias. Instructions: of the optimized program, including "
+        "those in fusions; launches: instructions executed in a run without branches."
+        + (" Rows that would have exceeded the time limit were skipped." if left_out else ""),
         rows,
     )

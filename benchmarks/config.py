@@ -1,4 +1,4 @@
-"""What can be set."""
+"""Command-line options."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,51 +17,50 @@ SECTIONS: tuple[Section, ...] = ("combination", "step", "memory", "compile", "sc
 
 @dataclass(frozen=True)
 class Config:
-    """What the rules of dtnh_jax cost: time, memory, compilation, and messages between devices."""
+    """Measures time, memory, compilation and communication of the rules of dtnh_jax."""
 
     out: Path = Path("results/benchmarks")
     """Directory for the tables, as Markdown and JSON."""
     only: tuple[Section, ...] = SECTIONS
-    """The tables to make."""
+    """Benchmarks to run."""
     trees: tuple[str, ...] | None = None
-    """Trees of the combination: resnet18, resnet50, ..., vit_b, vit_l, 300M, small_N (N leaves). By
-    default resnet18, resnet50 and vit_b; on accelerators vit_l and 300M too."""
+    """Parameter trees for the combination: resnet18, resnet50, ..., vit_b, vit_l, 300M, small_N (N
+    leaves). By default resnet18, resnet50 and vit_b; on accelerators also vit_l and 300M."""
     all_rules_on: tuple[str, ...] = ("resnet50",)
-    """Trees on which every rule is measured. On the others, those that differ in passes."""
+    """Trees on which all rules are measured. On the others, a subset."""
     architectures: tuple[str, ...] | None = None
-    """ResNets of the whole step. By default resnet18; on accelerators resnet50."""
+    """ResNets of the training step. By default resnet18; on accelerators resnet50."""
     image_size: int | None = None
-    """Height and width of its images. By default 64; on accelerators 224."""
+    """Height and width of the images. By default 64; on accelerators 224."""
     batch_size: int | None = None
-    """How many images it sees. By default 8; on accelerators 128."""
+    """Batch size. By default 8; on accelerators 128."""
     width: int | None = None
-    """Channels of the ResNets' first stage. By default the usual ones."""
+    """Channels of the first stage of the ResNets. By default those of the architecture."""
     activations: Literal["float32", "bfloat16"] | None = None
-    """Dtype of its activations. By default float32; on accelerators bfloat16."""
+    """Dtype of activations. By default float32; on accelerators bfloat16."""
     regularizers: tuple[Regularizer, ...] = ("l2_sp", "distillation")
-    """Regularizers of the whole step."""
+    """Regularizers of the training step."""
     leaves: tuple[int, ...] = (50, 100, 200, 500, 1000, 2000)
-    """Sizes of the trees whose programs are compiled."""
+    """Numbers of leaves for the compilation benchmark."""
     compile_seconds: float = 120.0
-    """For how long, about, programs are compiled against the number of leaves."""
+    """Approximate time limit of the compilation benchmark."""
     devices: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of fake CPU devices for which programs are compiled."""
+    """Numbers of simulated CPU devices for which programs are compiled."""
     layouts: tuple[Layout, ...] = ("replicated", "sharded")
-    """Whether each device has params and gradients whole, or a part of them."""
+    """Whether parameters and gradients are replicated or sharded."""
     scaling_architecture: str = "resnet18"
-    """The ResNet whose collectives are counted."""
+    """The ResNet for the communication benchmark."""
     seconds: float = 20.0
-    """For how long contestants are timed against each other, once compiled."""
+    """Time for each comparison, after compilation."""
     repetitions: int = 200
-    """The most samples of each contestant."""
+    """Maximum number of samples of each contestant."""
     ceiling_megabytes: int | None = None
-    """The array that bandwidth is measured on. By default 100 MB, as much as ResNet-50; on
-    accelerators 1000 MB."""
+    """Array size for measuring bandwidth. By default 100 MB, the size of ResNet-50; on accelerators
+    1000 MB."""
     matmul_size: int | None = None
-    """Rows and columns of the matrices whose product is timed: by default 2048; on accelerators
-    8192."""
+    """Matrix size for measuring matrix products. By default 2048; on accelerators 8192."""
     smoke: bool = False
-    """Tiny sizes, in place of all of the above but `out` and `only`: does it run at all?"""
+    """Use tiny sizes for a quick check; overrides all options but `out` and `only`."""
 
     def __post_init__(self) -> None:
         for name in ("seconds", "compile_seconds", "repetitions"):
@@ -71,14 +70,14 @@ class Config:
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be positive numbers; got {getattr(self, name)}.")
 
-        # Before minutes are spent on what comes first.
+        # Validate names before the benchmarks run.
         for name in self.trees or ():
             trees.tree(name)
         for architecture in (*(self.architectures or ()), self.scaling_architecture):
             plan_of(architecture)
 
     def settled(self) -> "Sizes":
-        """What is run on this machine."""
+        """The sizes for this machine, with defaults filled in."""
         if self.smoke:
             return Sizes(
                 trees=("small_6",),
@@ -126,10 +125,10 @@ class Config:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is run: a :class:`Config` with nothing left open.
+    """A :class:`Config` with all defaults filled in.
 
-    Attributes, where they are not those of :class:`Config`:
-        all_steps: Whether every way to make a step is timed, or only those that goals are about.
+    Attributes that are not in :class:`Config`:
+        all_steps: Whether to time all variants of the training step, or only those with goals.
     """
 
     trees: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""What was aimed at, and whether it was reached here."""
+"""Performance goals, and whether the measurements meet them."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -11,14 +11,15 @@ from benchmarks.report import Row, Table
 
 
 class Goal(NamedTuple):
-    """A figure and its limit.
+    """A measured figure and its limit.
 
     Attributes:
-        text: What is aimed at.
-        figure: What was measured; ``None`` if nothing was.
-        limit: What the figure may be at most, or, where ``at_least``, at the least.
-        at_least: Which way the limit goes.
-        about: The kind of machine that it is about: ``"cpu"``, ``"accelerator"`` or ``"any"``.
+        text: A description.
+        figure: The measurement; ``None`` if there is none.
+        limit: The maximum of the figure, or its minimum if ``at_least``.
+        at_least: Whether the limit is a minimum.
+        about: The kind of machine that the goal applies to: ``"cpu"``, ``"accelerator"`` or
+            ``"any"``.
     """
 
     text: str
@@ -29,7 +30,7 @@ class Goal(NamedTuple):
 
 
 def run(tables: Mapping[str, Table], ceilings: Ceilings) -> Table:
-    """The table of goals, out of the other tables by name."""
+    """Computes the table of goals from the other tables, by name."""
     here = "cpu" if jax.default_backend() == "cpu" else "accelerator"
     rows: list[Row] = []
     for goal in [*of_combination(tables, ceilings), *of_compilation(tables), *of_steps(tables)]:
@@ -42,15 +43,15 @@ def run(tables: Mapping[str, Table], ceilings: Ceilings) -> Table:
                 "": verdict(figure, goal),
             }
         )
-    return Table("goals", "Goals", "Ratios of medians taken side by side.", rows)
+    return Table("goals", "Goals", "Ratios are medians over repetitions.", rows)
 
 
 def verdict(figure: float | None, goal: Goal) -> str:
-    """Whether it is held."""
+    """Whether the goal is met."""
     if figure is None:
         return "not measured here"
-    is_held = figure >= goal.limit if goal.at_least else figure <= goal.limit
-    return "held" if is_held else "not held"
+    is_met = figure >= goal.limit if goal.at_least else figure <= goal.limit
+    return "met" if is_met else "not met"
 
 
 def of_combination(tables: Mapping[str, Table], ceilings: Ceilings) -> Iterator[Goal]:
@@ -71,7 +72,7 @@ def of_combination(tables: Mapping[str, Table], ceilings: Ceilings) -> Iterator[
     ):
         for name in ("dtnh layer", "dtnh global", rival):
             faster = quotient(1.0, cell(f"× {direction}", name))
-            text = f"{where}, {name}: times as fast as ml-bloop's {direction}"
+            text = f"{where}, {name}: speedup over ml-bloop's {direction}"
             yield Goal(text, faster, limit, at_least=True, about="cpu")
     for scope in ("layer", "global"):
         name = f"dtnh {scope}"
@@ -87,7 +88,7 @@ def of_combination(tables: Mapping[str, Table], ceilings: Ceilings) -> Iterator[
 
 
 def of_compilation(tables: Mapping[str, Table]) -> Iterator[Goal]:
-    """That it is linear in the number of leaves."""
+    """The goals of compilation time."""
     table = tables.get("compile")
 
     def seconds(n_leaves: int, contestant: str) -> float | None:
@@ -104,7 +105,7 @@ def of_compilation(tables: Mapping[str, Table]) -> Iterator[Goal]:
 
 
 def of_steps(tables: Mapping[str, Table]) -> Iterator[Goal]:
-    """The goals of the whole step: its time, its memory, and PyTorch's time."""
+    """The goals of the training step: time, memory, and comparison with PyTorch."""
     times, memory, torch = (tables.get(name) for name in ("step", "memory", "torch"))
     architectures = dict.fromkeys(
         str(row["step"]).split(",")[0] for table in [times] if table for row in table.rows
@@ -145,5 +146,5 @@ def of_steps(tables: Mapping[str, Table]) -> Iterator[Goal]:
 
 
 def quotient(x: float | None, y: float | None) -> float | None:
-    """``x / y``, if there are both."""
+    """``x / y``, or ``None`` if one is missing."""
     return None if x is None or y is None else x / y

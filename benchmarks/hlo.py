@@ -1,4 +1,4 @@
-"""What is in an optimized program, read from its text."""
+"""Statistics of an optimized program, parsed from its text."""
 
 import math
 import re
@@ -14,7 +14,7 @@ COLLECTIVES = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
-# They name values, and move nothing.
+# Instructions that name values and compute nothing.
 BOOKKEEPING = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast"})
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
@@ -28,12 +28,12 @@ _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
 
 class Instruction(NamedTuple):
-    """One operation of a program.
+    """One instruction of a program.
 
     Attributes:
-        opcode: Such as ``fusion``.
-        n_bytes: The size of its result.
-        calls: The computations that it runs, or picks one of.
+        opcode: The opcode, such as ``fusion``.
+        n_bytes: The size of the result.
+        calls: The computations that it calls, including branches.
     """
 
     opcode: str
@@ -42,10 +42,10 @@ class Instruction(NamedTuple):
 
 
 class Collectives(NamedTuple):
-    """What devices send each other.
+    """The collectives of a program.
 
     Attributes:
-        counts: By kind, how many messages; several arrays in one count once.
+        counts: The number of collectives by kind; one with several arrays counts once.
         n_bytes: The size of their results on one device.
     """
 
@@ -57,15 +57,15 @@ class Module(NamedTuple):
     """A program.
 
     Attributes:
-        computations: By name, their instructions.
-        entry: The name of the one that is run.
+        computations: The instructions of each computation, by name.
+        entry: The name of the entry computation.
     """
 
     computations: dict[str, list[Instruction]]
     entry: str
 
     def count(self, opcode: str) -> int:
-        """How many instructions of a kind the program has, within fusions too."""
+        """The number of instructions with an opcode, including those in fusions."""
         return sum(
             each.opcode == opcode
             for instructions in self.computations.values()
@@ -73,7 +73,7 @@ class Module(NamedTuple):
         )
 
     def size(self) -> int:
-        """How many instructions the program has in all, but for those that only name values."""
+        """The number of instructions, without those that only name values."""
         return sum(
             each.opcode not in BOOKKEEPING
             for instructions in self.computations.values()
@@ -81,7 +81,7 @@ class Module(NamedTuple):
         )
 
     def launches(self) -> int:
-        """How many instructions every run launches: not those within fusions and branches."""
+        """The number of instructions that every run executes, without fusions and branches."""
         return sum(
             each.opcode not in BOOKKEEPING
             for name in self._launched(branches=False)
@@ -89,13 +89,13 @@ class Module(NamedTuple):
         )
 
     def collectives(self) -> tuple[Collectives, Collectives]:
-        """What every run sends, and what it sends besides in the branches of conditionals."""
+        """The collectives of every run, and those in the branches of conditionals."""
         always = self._launched(branches=False)
         rest = [name for name in self._launched(branches=True) if name not in always]
         return self._collectives(always), self._collectives(rest)
 
     def _launched(self, *, branches: bool) -> list[str]:
-        """The computations that are run instruction by instruction, with or without branches."""
+        """The computations that are executed, with or without branches, but not inside fusions."""
         opcodes = {"call", "while", "async-start"} | ({"conditional"} if branches else set())
         reached, waiting = [], [self.entry]
         while waiting:
@@ -120,16 +120,16 @@ class Module(NamedTuple):
 
 
 def parse(text: str) -> Module:
-    """Reads the text of an optimized program.
+    """Parses the text of an optimized program.
 
     Args:
-        text: As ``compiled.as_text()`` gives it.
+        text: The result of ``compiled.as_text()``.
 
     Returns:
-        Its computations.
+        The program.
 
     Raises:
-        ValueError: If it has no entry.
+        ValueError: If there is no entry computation.
     """
     computations: dict[str, list[Instruction]] = {}
     entry, inside = None, None
@@ -153,7 +153,7 @@ def _instruction(text: str) -> Instruction:
         raise ValueError(f"An instruction must have an opcode; got {text[:80]!r}.")
     arrays = _ARRAY.findall(text[: opcode.start()])
     if opcode[1] in ("all-gather-start", "collective-permute-start"):
-        # Their results are (what goes in, what comes out, ...).
+        # Their results are (inputs, outputs, ...).
         arrays = arrays[len(arrays) // 2 :][:1] if len(arrays) > 1 else arrays
     called = _CALLED.findall(text)
     for group in _BRANCHES.findall(text):

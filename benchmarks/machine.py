@@ -1,4 +1,4 @@
-"""What this machine is, and the most that it does."""
+"""Description of this machine, and its measured limits."""
 
 import functools
 import os
@@ -18,13 +18,13 @@ PACKAGES = ("dtnh_jax", "jax", "jaxlib", "optax", "flax", "numpy", "torch", "tor
 
 
 class Ceilings(NamedTuple):
-    """The machine's own limits, as measured.
+    """The measured limits of the machine.
 
     Attributes:
-        copy: Bytes a second that are read and written, as an array is copied.
-        triad: Likewise, as the sum of two arrays is written: what the weighted sum does.
-        read: Bytes a second that are read, as the inner product of two arrays is taken.
-        matmul: By dtype, floating-point operations a second.
+        copy: Bytes read and written per second when copying an array.
+        triad: Bytes read and written per second when computing ``a + λ b``.
+        read: Bytes read per second when computing an inner product.
+        matmul: Floating-point operations per second of a matrix product, by dtype.
     """
 
     copy: float
@@ -34,9 +34,9 @@ class Ceilings(NamedTuple):
 
 
 def ceilings(sizes: Sizes) -> Ceilings:
-    """Measures them."""
-    # On a CPU a large result is new memory at each call, whose pages are zeroed first; leaves are
-    # small enough to be given out again.
+    """Measures the limits."""
+    # On a CPU, memory for a large result is newly allocated and zeroed in each call; smaller arrays
+    # are allocated from memory that is reused.
     cpu = jax.default_backend() == "cpu"
     n_pieces = max(1, sizes.ceiling_megabytes // 4) if cpu else 1
     n = sizes.ceiling_megabytes * 10**6 // 4 // n_pieces * n_pieces
@@ -64,7 +64,7 @@ def ceilings(sizes: Sizes) -> Ceilings:
 
 
 def describe() -> dict[str, str]:
-    """The device, the versions, and how busy the machine was."""
+    """The device, the versions and the load of the machine."""
     load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
     kind = jax.devices()[0].device_kind
     return {
@@ -76,7 +76,7 @@ def describe() -> dict[str, str]:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """The number of cores that are available to this process."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""Memory: what the compiled programs say, and what the states hold."""
+"""Memory of the compiled programs and of the optimizer states."""
 
 import jax
 import optax
@@ -13,7 +13,7 @@ REG_WEIGHT = 0.1
 
 
 def states() -> dict[str, optax.GradientTransformation]:
-    """Transformations whose state is weighed."""
+    """Transformations whose state is measured."""
     sgd = optax.sgd(0.1, momentum=0.9)
     dtnh = dtnh_jax.dtnh(REG_WEIGHT)
     average = optax.ema(0.99)
@@ -31,7 +31,7 @@ def states() -> dict[str, optax.GradientTransformation]:
 
 
 def run(sizes: Sizes, ceilings: Ceilings) -> Table:
-    """The table, in units of the tree of params."""
+    """Measures memory, in units of the tree of params."""
     del ceilings
     rows: list[Row] = []
     for name in sizes.trees:
@@ -56,8 +56,8 @@ def run(sizes: Sizes, ceilings: Ceilings) -> Table:
     return Table(
         "memory",
         "Memory",
-        "In units of the tree of params. Temporary: what the compiled program allocates besides "
-        "its arguments and outputs; donated: outputs that lie in the place of arguments."
+        "In units of the tree of params. Temporary: allocated by the compiled program in addition "
+        "to arguments and outputs; donated: outputs that reuse the memory of arguments."
         + _device_peak(),
         rows,
     )
@@ -66,4 +66,4 @@ def run(sizes: Sizes, ceilings: Ceilings) -> Table:
 def _device_peak() -> str:
     stats = jax.local_devices()[0].memory_stats() or {}
     peak = stats.get("peak_bytes_in_use")
-    return f" The device held {peak / 1e9:.2f} GB at most in this run." if peak else ""
+    return f" Peak memory of the device in this run: {peak / 1e9:.2f} GB." if peak else ""

@@ -1,4 +1,4 @@
-"""Compiled programs, and what they say about themselves."""
+"""Compiled programs and their statistics."""
 
 import time
 from collections.abc import Callable
@@ -13,9 +13,9 @@ class Program(NamedTuple):
     """A compiled function.
 
     Attributes:
-        compiled: What the compiler made of it; call it like the function.
-        lower_seconds: How long tracing and lowering took.
-        compile_seconds: How long the compiler took.
+        compiled: The compiled function.
+        lower_seconds: The time of tracing and lowering.
+        compile_seconds: The time of compilation.
     """
 
     compiled: jax.stages.Compiled
@@ -28,7 +28,7 @@ class Program(NamedTuple):
         return hlo.parse(self.compiled.as_text() or "")
 
     def memory(self, unit: float) -> dict[str, float]:
-        """What the compiled program holds, in units of so many bytes."""
+        """The memory of the compiled program, in units of ``unit`` bytes."""
         stats: Any = self.compiled.memory_analysis()
         return {
             "arguments": stats.argument_size_in_bytes / unit,
@@ -41,12 +41,12 @@ class Program(NamedTuple):
 def compile_program(
     function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
 ) -> Program:
-    """Compiles a function for its arguments, and notes how long that took.
+    """Compiles a function for its arguments, and measures the time.
 
     Args:
-        function: A function of trees of arrays.
+        function: A function of pytrees of arrays.
         arguments: Arrays, or their shapes.
-        donate: Which arguments are used up.
+        donate: The indices of donated arguments.
 
     Returns:
         The program.

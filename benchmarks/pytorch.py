@@ -1,4 +1,4 @@
-"""The same work in PyTorch, in the same run."""
+"""The same computations in PyTorch, measured in the same run."""
 
 import functools
 import importlib
@@ -23,7 +23,7 @@ TORCHJD = "TorchJD PCGrad"
 
 
 class Packages(NamedTuple):
-    """What is asked for, as it is not among the dependencies."""
+    """Optional packages."""
 
     torch: ModuleType
     torchvision: ModuleType | None
@@ -31,27 +31,27 @@ class Packages(NamedTuple):
 
 
 class Queued(NamedTuple):
-    """Work that was given to PyTorch's device; ``jax.block_until_ready`` waits for it."""
+    """A PyTorch result that ``jax.block_until_ready`` can wait for."""
 
     torch: ModuleType
     result: Any
 
     def block_until_ready(self) -> "Queued":
-        """Waits."""
+        """Waits until the device has finished."""
         if self.torch.cuda.is_available():
             self.torch.cuda.synchronize()
         return self
 
 
 def run(sizes: Sizes, ceilings: Ceilings) -> Table:
-    """The table of times; empty where PyTorch is not installed."""
+    """Times the contestants; the table is empty if PyTorch is not installed."""
     del ceilings
     torch = _import("torch")
     if torch is None:
         return Table("torch", TITLE, "Not measured: `pip install torch torchvision torchjd`.", [])
     packages = Packages(torch, _import("torchvision.models"), _import("torchjd"))
     if (jax.default_backend() == "gpu") != torch.cuda.is_available():
-        about = "Not measured: only one of JAX and PyTorch sees a GPU. Install both for the device."
+        about = "Not measured: only one of JAX and PyTorch has GPU support. Install both with it."
         return Table("torch", TITLE, about, [])
     rows = []
     for name in sizes.trees:
@@ -65,16 +65,15 @@ def run(sizes: Sizes, ceilings: Ceilings) -> Table:
     return Table(
         "torch",
         TITLE,
-        "Projection per tensor, with what PyTorch's users write: torch.autograd.grad twice over "
-        "one graph. Networks of torchvision, channels_last; on a GPU torch.compile and autocast; "
-        "threads: one or all, whichever was faster. "
-        + "".join(f"{sentence}. " for sentence in missing),
+        "Projection per tensor, with torch.autograd.grad called twice on one graph. Networks of "
+        "torchvision, channels_last; on a GPU with torch.compile and autocast; threads: one or "
+        "all, whichever was faster. " + "".join(f"{sentence}. " for sentence in missing),
         rows,
     )
 
 
 def combination_rows(name: str, packages: Packages, sizes: Sizes) -> list[Row]:
-    """The combination of two gradients of one tree."""
+    """Times the combination of two gradients of one tree."""
     torch = packages.torch
     shapes = trees.tree(name)
     inputs = combination.Inputs(*(trees.random_like(shapes, seed) for seed in range(4)))
@@ -108,7 +107,7 @@ def combination_rows(name: str, packages: Packages, sizes: Sizes) -> list[Row]:
 def step_rows(
     architecture: str, regularizer: Regularizer, packages: Packages, sizes: Sizes
 ) -> list[Row]:
-    """The whole step, where torchvision has the network."""
+    """Times the training step, if torchvision has the network."""
     if not hasattr(packages.torchvision, architecture):
         return []
     ours = step.calls(architecture, regularizer, OUR_STEPS, sizes)
@@ -131,7 +130,7 @@ def step_rows(
 
 
 def settle_threads(torch: ModuleType, call: Callable[[], Any]) -> int:
-    """Gives PyTorch one thread or all, whichever is faster: its threads suffer on shared cores."""
+    """Sets PyTorch to one thread or all, whichever is faster; all can be slower on shared cores."""
 
     def on(threads: int) -> Callable[[], Any]:
         def run() -> Any:

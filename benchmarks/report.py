@@ -1,4 +1,4 @@
-"""Tables, on the terminal and as files."""
+"""Tables on the terminal and in files."""
 
 import json
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ Row = dict[str, Cell]
 
 @dataclass(frozen=True)
 class Table:
-    """What one part of the benchmarks found.
+    """The results of one benchmark.
 
     Attributes:
-        name: Of its files.
-        title: Its heading.
-        about: A sentence on how to read it, or on why it is empty.
-        rows: Cells by column; a row need not have all columns.
+        name: The name of its files.
+        title: The heading.
+        about: An explanation of the columns, or the reason why the table is empty.
+        rows: Cells by column; a row does not need all columns.
     """
 
     name: str
@@ -33,11 +33,11 @@ class Table:
 
     @property
     def columns(self) -> list[str]:
-        """The columns of all rows."""
+        """The columns of all rows, in order of appearance."""
         return list(dict.fromkeys(column for row in self.rows for column in row))
 
     def find(self, column: str, **where: Cell) -> Any:
-        """The cell of the first row that has these cells; ``None`` if there is none."""
+        """The cell of the first row that matches ``where``; ``None`` if there is none."""
         for row in self.rows:
             if all(row.get(name) == cell for name, cell in where.items()):
                 return row.get(column)
@@ -45,7 +45,7 @@ class Table:
 
 
 def text(cell: Cell) -> str:
-    """A cell as it is read: three digits that count."""
+    """A cell as text, with three significant digits."""
     if cell is None:
         return ""
     if isinstance(cell, bool) or not isinstance(cell, float):
@@ -56,7 +56,7 @@ def text(cell: Cell) -> str:
 
 
 def as_markdown(table: Table) -> str:
-    """The table under its heading."""
+    """The table in Markdown, with its heading."""
     lines = [f"## {table.title}", "", table.about, ""]
     if table.rows:
         cells = [[text(row.get(column)) for column in table.columns] for row in table.rows]
@@ -82,18 +82,18 @@ def show(table: Table, console: Console) -> None:
         width += 1 + max(map(len, (column, *cells)))
     for row in table.rows:
         rich.add_row(*(text(row.get(column)) for column in table.columns))
-    # Rather a long line than half a number.
+    # Do not truncate numbers; long lines are acceptable.
     console.width = max(console.width, width)
     console.print(rich)
 
 
 def save(tables: Sequence[Table], header: dict[str, Any], out: Path) -> list[str]:
-    """Writes a file of each kind for each table, and one page of them all.
+    """Writes each table as Markdown and JSON, and one page with all tables.
 
     Args:
         tables: The tables, in the order of the page.
-        header: What they were measured on.
-        out: The directory.
+        header: The description of the machine.
+        out: The output directory.
 
     Returns:
         The names of the files.

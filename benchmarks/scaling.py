@@ -1,4 +1,4 @@
-"""Collectives: what devices send each other, read from programs compiled for fake devices."""
+"""Collectives of programs compiled for simulated devices."""
 
 import json
 import os
@@ -22,7 +22,7 @@ STEPS = (step.BASE, "dtnh layer")
 
 
 def run(sizes: Sizes, ceilings: Ceilings) -> Table:
-    """The table, made by another process, which believes that it has so many devices."""
+    """Counts collectives, in another process with simulated devices."""
     del ceilings
     flags = os.environ.get("XLA_FLAGS", "")
     n_devices = max(sizes.devices)
@@ -32,7 +32,7 @@ def run(sizes: Sizes, ceilings: Ceilings) -> Table:
         env=os.environ
         | {
             "JAX_PLATFORMS": "cpu",
-            # The last one of a flag counts.
+            # The last occurrence of a flag is used.
             "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={n_devices}",
         },
         stdout=subprocess.PIPE,
@@ -41,17 +41,17 @@ def run(sizes: Sizes, ceilings: Ceilings) -> Table:
     )
     return Table(
         "scaling",
-        "Messages between devices",
-        f"{sizes.scaling_architecture} compiled for fake CPU devices, the batch shared out, params "
-        "and gradients whole on each (replicated) or cut along an axis (sharded). Bytes are the "
-        "sizes of the collectives' results on one device, in each step. Whole steps for "
-        f"{n_devices} devices alone.",
+        "Communication",
+        f"{sizes.scaling_architecture} compiled for simulated CPU devices. The batch is sharded; "
+        "params and gradients are replicated or sharded. Bytes are the sizes of the results of "
+        "the collectives on one device, per step. Training steps only for "
+        f"{n_devices} devices.",
         json.loads(done.stdout),
     )
 
 
 def rows(sizes: Sizes) -> list[Row]:
-    """The rows of the table."""
+    """Computes the rows of the table."""
     found: list[Row] = []
     for n_devices in sizes.devices:
         for layout in sizes.layouts:
@@ -66,7 +66,7 @@ def rows(sizes: Sizes) -> list[Row]:
 
 
 def cells(text: str) -> Row:
-    """What an optimized program sends."""
+    """The collectives of an optimized program."""
     usual, _ = hlo.parse(text).collectives()
     kinds = [f"{n} {kind}" for kind, n in sorted(usual.counts.items())]
     return {
@@ -90,7 +90,7 @@ def combinations(name: str, mesh: Mesh) -> dict[str, str]:
 
 
 def steps(sizes: Sizes, mesh: Mesh) -> dict[str, str]:
-    """The optimized programs of whole steps."""
+    """The optimized programs of training steps."""
     config = step.network_of(sizes.scaling_architecture, sizes)
     network, batch = step.shapes_of(config, sizes, multiple_of=mesh.size)
     batch = step.Batch(
@@ -111,7 +111,7 @@ def steps(sizes: Sizes, mesh: Mesh) -> dict[str, str]:
 
 
 def compiled(function: Any, *arguments: Any) -> str:
-    """The optimized program, whose outputs lie as its arguments do."""
+    """The optimized program, with outputs sharded like the arguments."""
     mesh = jax.tree.leaves(arguments)[0].sharding.mesh
     out = devices.state_sharding(jax.eval_shape(function, *arguments), mesh)
     return jax.jit(function, out_shardings=out).lower(*arguments).compile().as_text() or ""

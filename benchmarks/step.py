@@ -1,4 +1,4 @@
-"""A whole training step, from images to new weights."""
+"""A training step, from images to new parameters."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -26,14 +26,14 @@ PARTS = ("forward", "forward and backward", "optimizer")
 
 
 class State(NamedTuple):
-    """What a step changes."""
+    """The state that a step updates."""
 
     network: Network
     opt_state: Any
 
 
 class Batch(NamedTuple):
-    """What it sees, or its shapes: the source as well, which would be a constant otherwise."""
+    """The inputs of a step, or their shapes; the source network is an input, not a constant."""
 
     source: Network
     images: Any
@@ -41,13 +41,13 @@ class Batch(NamedTuple):
 
 
 class Contestant(NamedTuple):
-    """One way to make a step.
+    """One implementation of a step.
 
     Attributes:
-        function: From state and batch to a state and the loss; or to anything, from a state that
-            stays, where ``carries`` is false.
-        init: From params to the optimizer's state.
-        carries: Whether the state is used up.
+        function: A function from state and batch to a new state and the loss, or to any result if
+            not ``carries``.
+        init: A function from params to the optimizer state.
+        carries: Whether the function returns a new state and the old one is donated.
     """
 
     function: Callable[[State, Batch], Any]
@@ -56,10 +56,10 @@ class Contestant(NamedTuple):
 
 
 def objective(config: ResNetConfig, regularizer: Regularizer) -> Callable[..., Any]:
-    """The two terms.
+    """The two terms of the objective.
 
     Returns:
-        From params, batch-norm averages and a batch to ``((loss, reg), averages)``.
+        A function from params, batch-norm statistics and a batch to ``((loss, reg), statistics)``.
     """
 
     def terms(params: Any, batch_stats: Any, batch: Batch) -> Any:
@@ -76,12 +76,12 @@ def objective(config: ResNetConfig, regularizer: Regularizer) -> Callable[..., A
 
 
 def pretrained(batch: Batch) -> Any:
-    """What L2-SP pulls to: the head is new."""
+    """The pre-trained params of L2-SP, with a new head."""
     return batch.source.params | {"head": None}
 
 
 def contestants(config: ResNetConfig, regularizer: Regularizer) -> dict[str, Contestant]:
-    """The contestants by name, and the parts that the floor is made of."""
+    """The contestants by name, and the parts that the floor is the sum of."""
     terms = objective(config, regularizer)
     sgd = optax.sgd(LEARNING_RATE, momentum=0.9)
 
@@ -160,7 +160,7 @@ def contestants(config: ResNetConfig, regularizer: Regularizer) -> dict[str, Con
 
     def optimizer(state: State, batch: Batch) -> Any:
         params, batch_stats = state.network
-        # Any tree of their shapes serves as a gradient.
+        # Any tree of these shapes can be used as a gradient.
         updates, opt_state = sgd.update(batch.source.params, state.opt_state, params)
         params = optax.apply_updates(params, updates)
         return State(Network(params, batch_stats), opt_state), ()
@@ -184,7 +184,7 @@ def _step(gradients: Callable[..., Any], tx: optax.GradientTransformation) -> Co
 
 
 def shapes_of(config: ResNetConfig, sizes: Sizes, *, multiple_of: int = 1) -> tuple[Network, Batch]:
-    """The shapes of the network and the batch, which so many devices can share."""
+    """The shapes of the network and the batch; the batch size is a multiple of ``multiple_of``."""
     network = jax.eval_shape(lambda: resnet.init(config, 0))
     batch_size = -(-sizes.batch_size // multiple_of) * multiple_of
     images = batch_size, sizes.image_size, sizes.image_size, 3
@@ -212,13 +212,13 @@ def program(architecture: str, regularizer: Regularizer, name: str, sizes: Sizes
 
 
 class Carried:
-    """A step that uses up its state and goes on from the next one."""
+    """A step that donates its state and continues from the new one."""
 
     def __init__(self, program: Program, state: State, batch: Batch) -> None:
         self.program, self.state, self.batch = program, state, batch
 
     def __call__(self) -> Any:
-        """Makes a step."""
+        """Runs a step."""
         self.state, measured = self.program.compiled(self.state, self.batch)
         return self.state, measured
 
@@ -226,7 +226,7 @@ class Carried:
 def calls(
     architecture: str, regularizer: Regularizer, names: Iterable[str], sizes: Sizes
 ) -> dict[str, Callable[[], Any]]:
-    """Contestants by name, each with a state of its own."""
+    """Contestants by name, each with its own state."""
     config = network_of(architecture, sizes)
     _, shapes = shapes_of(config, sizes)
     batch = Batch(
@@ -250,14 +250,14 @@ def calls(
 
 
 def names_of(architecture: str, regularizer: Regularizer, sizes: Sizes) -> list[str]:
-    """The contestants that are run."""
+    """The names of the contestants to run."""
     known = contestants(network_of(architecture, sizes), regularizer)
     few = {BASE, "dtnh layer", "dtnh layer, closed form", *PARTS}
     return [name for name in known if sizes.all_steps or name in few]
 
 
 def run(sizes: Sizes, ceilings: Ceilings) -> Table:
-    """The table of times."""
+    """Times the contestants."""
     del ceilings
     rows: list[Row] = []
     for architecture in sizes.architectures:
@@ -290,9 +290,9 @@ def run(sizes: Sizes, ceilings: Ceilings) -> Table:
                 )
     return Table(
         "step",
-        "The whole training step",
+        "Training step",
         f"{sizes.batch_size} images of {sizes.image_size} px, activations {sizes.activations}, SGD "
-        "with momentum, state donated. The floor is forward + backward (two of them for "
-        "distillation) + optimizer, each measured.",
+        "with momentum, state donated. The floor is forward + backward (twice for distillation) + "
+        "optimizer, each measured separately.",
         rows,
     )

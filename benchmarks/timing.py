@@ -1,4 +1,4 @@
-"""Contestants timed side by side, so that what slows the machine slows them all."""
+"""Interleaved timing, so that changes in the load of the machine affect all contestants."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-# Below this a sample on an accelerator is mostly the wait for its end.
+# A shorter sample on an accelerator measures mostly the synchronization.
 SHORTEST_SAMPLE = 2e-3
 
 
 class Samples(NamedTuple):
-    """The seconds of one call, in each repetition.
+    """The time of one call in each repetition, in seconds.
 
     Attributes:
         seconds: ``(repetitions,)``.
@@ -30,7 +30,7 @@ class Samples(NamedTuple):
         return float(np.median(self.seconds / base.seconds))
 
     def cells(self) -> dict[str, float]:
-        """Median and spread, in milliseconds."""
+        """Median, minimum and quartiles, in milliseconds."""
         low, high = np.quantile(self.seconds, (0.25, 0.75))
         return {
             "median ms": 1e3 * self.median,
@@ -48,18 +48,17 @@ def compare(
     fewest: int = 3,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Samples]:
-    """Times contestants in turn, in an order that turns with each repetition.
+    """Times contestants in turn, in an order that changes with each repetition.
 
     Args:
-        contestants: By name, functions that return arrays. They are called once and more to warm
-            up.
-        seconds: For how long, after the warm-up.
-        repetitions: The most samples of each contestant.
-        fewest: The fewest, whatever the time.
-        clock: Seconds from some point in time.
+        contestants: Functions that return arrays, by name. They are called to warm up first.
+        seconds: The time limit, after the warm-up.
+        repetitions: The maximum number of samples of each contestant.
+        fewest: The minimum number of samples, regardless of the time limit.
+        clock: A function that returns the time in seconds.
 
     Returns:
-        By name, the samples; all have as many, and one index is one repetition.
+        The samples of each contestant, by name; equal indices are the same repetition.
     """
 
     def sample(name: str, calls: int) -> float:
@@ -75,7 +74,7 @@ def compare(
     for name in contestants:
         sample(name, 1)
         warm = sample(name, 1)
-        if jax.default_backend() != "cpu":  # whose calls do not queue one behind the other
+        if jax.default_backend() != "cpu":  # calls on a CPU are not queued
             calls[name] = min(100, max(1, round(SHORTEST_SAMPLE / max(warm, 1e-9))))
 
     taken: dict[str, list[float]] = {name: [] for name in contestants}
@@ -84,7 +83,7 @@ def compare(
     for repetition in range(repetitions):
         if repetition >= fewest and clock() >= end:
             break
-        # Each follows each other one equally often; a pair is told apart from its neighbours.
+        # Rotate and reverse, so that no contestant always follows the same one.
         shift = repetition // 2 % len(names)
         order = names[shift:] + names[:shift]
         for name in order if repetition % 2 == 0 else reversed(order):

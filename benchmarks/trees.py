@@ -1,4 +1,4 @@
-"""Trees of parameters: the shapes of real networks, without their weights."""
+"""Parameter trees with the shapes of real networks."""
 
 import math
 import re
@@ -25,7 +25,7 @@ def tree(name: str) -> Any:
         Nested dicts of ``jax.ShapeDtypeStruct``, float32.
 
     Raises:
-        ValueError: If there is none of this name.
+        ValueError: If the name is unknown.
     """
     if name in VITS:
         return vit(*VITS[name])
@@ -73,7 +73,7 @@ def vit(width: int, depth: int) -> Any:
 
 
 def small_leaves(n_leaves: int) -> Any:
-    """Layers of a small kernel and a bias, as many as make ``n_leaves`` leaves."""
+    """Layers with a small kernel and a bias, with ``n_leaves`` leaves in total."""
     layers: dict[str, Any] = {}
     for i in range(n_leaves):
         name, shape = ("kernel", (32, 32)) if i % 2 == 0 else ("bias", (32,))
@@ -82,7 +82,7 @@ def small_leaves(n_leaves: int) -> Any:
 
 
 def random_like(shapes: Any, seed: int) -> Any:
-    """A tree of normal numbers with these shapes and dtypes, on the device."""
+    """A tree of normal random numbers with these shapes and dtypes, on the device."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda leaf: jax.device_put(rng.standard_normal(leaf.shape, np.float32).astype(leaf.dtype)),
@@ -91,7 +91,7 @@ def random_like(shapes: Any, seed: int) -> Any:
 
 
 def n_bytes(shapes: Any) -> int:
-    """The bytes of a tree."""
+    """The size of a tree in bytes."""
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 

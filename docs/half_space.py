@@ -1,4 +1,4 @@
-"""Draws the picture of the method: `python docs/half_space.py`."""
+"""Draws the figure of the method: `python docs/half_space.py`."""
 
 import pathlib
 
@@ -12,13 +12,13 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#808080"
 
 
 def arrow(ax, start, end, color, **kwargs):
-    """A vector from ``start`` to ``end``."""
+    """Draws a vector from ``start`` to ``end``."""
     style = {"arrowstyle": "-|>", "mutation_scale": 16, "lw": 2.2, "shrinkA": 0, "shrinkB": 0}
     ax.annotate("", end, start, arrowprops={**style, "color": color, **kwargs})
 
 
 def panel(ax, a, b, title):
-    """One pair of gradients with the direction that DTNH makes of it."""
+    """Draws one pair of gradients and the direction that the paper's rule computes."""
     c = min(0.0, a @ b / (a @ a))
     kept = b - c * a
     ax.fill_betweenx([-3, 4], a[0], 4, color=BLUE, alpha=0.08, lw=0)

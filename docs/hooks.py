@@ -1,6 +1,6 @@
-"""What mkdocs does to a page: tables from the tests, and formulas as MathML.
+"""MkDocs hooks: insert the tables of the tests, and convert formulas to MathML.
 
-MathML made at build time needs no script from elsewhere.
+MathML that is generated at build time needs no JavaScript library.
 """
 
 import html
@@ -20,7 +20,7 @@ COMPOSITION = "<!-- the tables of tests/composition.py -->"
 
 
 def on_page_markdown(markdown: str, **kwargs: Any) -> str:
-    """Puts the tables that the tests hold to in the place of their marker; mkdocs calls it."""
+    """Replaces the marker by the tables that the tests check; called by MkDocs."""
     del kwargs
     if COMPOSITION not in markdown:
         return markdown
@@ -29,7 +29,7 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
 
 
 def on_page_content(output: str, **kwargs: Any) -> str:
-    """Replaces each formula of a page; mkdocs calls it."""
+    """Replaces each formula of a page by MathML; called by MkDocs."""
     del kwargs
 
     def mathml(match: re.Match[str]) -> str:

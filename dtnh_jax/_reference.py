@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from dtnh_jax._layout import Layout
+from dtnh_jax._numerics import compute_dtype, widened
 from dtnh_jax._tree import PyTree, path_name
 
 

@@ -1,4 +1,4 @@
-"""What a chain may hold beside a rule: the list that is tested, and shown in the docs."""
+"""Compatibility of rules with Optax: the tables that the tests check and the docs show."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,7 +15,7 @@ LOSS_ONLY = "loss gradient only"
 
 
 class Refused(NamedTuple):
-    """An error: whose it is, and what it says."""
+    """An error: who raises it, and a pattern of its message."""
 
     by: str
     match: str
@@ -24,7 +24,7 @@ class Refused(NamedTuple):
         return f"refused by {self.by}"
 
 
-# Optax lays a state or params over the pair, and finds another structure.
+# Optax maps over the pair together with a state or params of another structure.
 BY_OPTAX = Refused(
     "Optax", "structure|incompatible shapes|unexpected keyword|Expected (tuple|dict)"
 )
@@ -34,10 +34,10 @@ Outcome = str | Refused
 
 
 class Link(NamedTuple):
-    """A transform in the chain, before the rule and after it.
+    """A transformation in the chain, before and after the rule.
 
-    What acts element by element treats a pair as two gradients: it works before the rule. After
-    the rule everything works, in both call styles, for there is one tree again.
+    An elementwise transformation acts on the two gradients of a pair separately, so it works before
+    the rule. After the rule every transformation works in both call styles, since it sees one tree.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Link(NamedTuple):
 
 
 class Wrapper(NamedTuple):
-    """A wrapper around a chain that begins with the rule."""
+    """A wrapper around a chain whose first link is the rule."""
 
     name: str
     make: Make
@@ -105,7 +105,7 @@ WRAPPERS = [
         "partition",
         lambda tx: optax.partition({"all": tx}, {"w": "all", "v": "all"}),
         BY_OPTAX,
-        note="one rule a part: a global group ends at its border",
+        note="one rule per part: groups do not extend over parts",
     ),
     Wrapper("apply_if_finite", lambda tx: optax.apply_if_finite(tx, 2), BY_OPTAX),
     Wrapper(
@@ -123,7 +123,8 @@ WRAPPERS = [
         lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
         BY_OPTAX,
         BY_RULE,
-        "it would average the loss gradients alone: use `accumulate_pairs`",
+        "it would average only the loss gradients: use `accumulate_pairs`; it works around a link "
+        "that makes the pair",
     ),
     Wrapper(
         "MultiSteps, skip_not_finite",
@@ -139,7 +140,7 @@ WRAPPERS = [
         optax.flatten,
         BY_RULE,
         BY_RULE,
-        "the rule needs the tree: flatten after it",
+        "the rule needs the tree structure: flatten after the rule",
     ),
     Wrapper("lookahead", lambda tx: optax.lookahead(tx, 2, 0.5), WORKS, BY_RULE),
     Wrapper("contrib.schedule_free", lambda tx: optax.contrib.schedule_free(tx, 1.0), WORKS),
@@ -149,7 +150,7 @@ WRAPPERS = [
         lambda tx: optax.contrib.sam(tx, optax.sgd(0.1), sync_period=2),
         BY_OPTAX,
         BY_OPTAX,
-        "take the adversarial step yourself: the pair at the moved params goes to the rule",
+        "compute the pair at the perturbed params yourself, and pass it to the rule",
     ),
     Wrapper(
         "contrib.split_real_and_imaginary",
@@ -163,14 +164,14 @@ WRAPPERS = [
 def as_markdown() -> str:
     """Both lists as tables."""
     lines = [
-        "| in the chain | before the rule: pair | before the rule: `reg_grads=` | after the rule |",
+        "| transform | before the rule: pair | before the rule: `reg_grads=` | after the rule |",
         "|---|---|---|---|",
     ]
     lines += [
         f"| `{link.name}` | {link.before_pair} | {link.before_reg_grads} | {WORKS} |"
         for link in LINKS
     ]
-    lines += ["", "| around the rule | pair | `reg_grads=` | |", "|---|---|---|---|"]
+    lines += ["", "| wrapper around the rule | pair | `reg_grads=` | note |", "|---|---|---|---|"]
     lines += [
         f"| `{each.name}` | {each.pair} | {each.reg_grads} | {each.note} |" for each in WRAPPERS
     ]

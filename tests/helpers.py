@@ -104,6 +104,16 @@ def relative_error(got, wanted):
     return norm(difference) / norm(wanted)
 
 
+def assert_close_leaves(got, wanted, tolerance):
+    """Every leaf's largest error is small beside the leaf's largest number.
+
+    Beside each number for itself it would not be: of two large ones that cancel little is left, and
+    the error is theirs.
+    """
+    for x, y in zip(jax.tree.leaves(wide(got)), jax.tree.leaves(wide(wanted)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.max(np.abs(y)))
+
+
 def direction_of(tx, loss_grads, reg_grads, **kwargs):
     """The direction of one step from a fresh state, and the state after it."""
     loss_grads, reg_grads = jax.tree.map(jnp.asarray, (loss_grads, reg_grads))

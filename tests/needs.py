@@ -8,6 +8,7 @@ EXAMPLES = (
     "huggingface_hub",
     "matplotlib",
     "orbax.checkpoint",
+    "pandas",
     "PIL",
     "rich",
     "safetensors",

@@ -295,14 +295,14 @@ def test_a_compiled_program_is_read_as_it_is():
     assert memory["donated"] == 0
 
 
-def test_goals_are_held_or_not_or_not_measured():
+def test_goals_are_met_or_not_or_not_measured():
     at_most, at_least = Goal("", None, 1.5), Goal("", None, 1.5, at_least=True)
     assert [goals.verdict(figure, at_most) for figure in (1.5, 1.6, None)] == [
-        "held",
-        "not held",
+        "met",
+        "not met",
         "not measured here",
     ]
-    assert [goals.verdict(figure, at_least) for figure in (1.5, 1.4)] == ["held", "not held"]
+    assert [goals.verdict(figure, at_least) for figure in (1.5, 1.4)] == ["met", "not met"]
 
 
 def test_a_goal_finds_its_figure():
@@ -315,8 +315,8 @@ def test_a_goal_finds_its_figure():
     layer, global_ = (
         f"combination, ResNet-50, dtnh {scope}: × weighted_sum" for scope in ("layer", "global")
     )
-    assert verdicts.pop(layer) == (1.4, "held")
-    assert verdicts.pop(global_) == (1.9, "not held")
+    assert verdicts.pop(layer) == (1.4, "met")
+    assert verdicts.pop(global_) == (1.9, "not met")
     assert set(verdicts.values()) == {(None, "not measured here")}
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import (
+    assert_close_leaves,
     assert_trees_equal,
     direction_of,
     inner,
@@ -302,7 +303,7 @@ def test_it_is_accumulated_for():
     zeros = jax.tree.map(jnp.zeros_like, (a, b))
     _, state = accumulated.update(double, state, a)
     got, _ = accumulated.update(zeros, state, a)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, whole)
+    assert_close_leaves(got, whole, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])

@@ -6,8 +6,11 @@ import gzip
 import json
 import math
 import os
+import pickle
+import re
 import subprocess
 import sys
+import time
 from dataclasses import asdict, fields, replace
 
 import jax
@@ -19,9 +22,11 @@ needs.examples()
 
 from tiny_finetune import make_images
 
+import dtnh_jax
+from examples.common.data import CorruptImageError
 from examples.common.objective import REGULARIZERS
 from examples.never_hurt import __main__ as command
-from examples.never_hurt import batches, grids, images, runner, sources, store, train
+from examples.never_hurt import batches, grids, images, runner, sources, store, train, version
 from examples.never_hurt.cell import NONE, Cell, Result
 from examples.never_hurt.grids import FITTING, GRIDS, KINDS, PER_CLASS, UNFITTING, Grid, Part
 from examples.never_hurt.rules import RULES
@@ -122,7 +127,7 @@ def test_a_key_is_of_the_whole_config():
     [("strength", -1.0), ("strength", math.nan), ("steps", 3), ("learning_rate", math.inf)],
 )
 def test_bad_cells(field, value):
-    with pytest.raises(ValueError, match=f"{field} must be a number from"):
+    with pytest.raises(ValueError, match=f"{field} must be finite and at least"):
         replace(CELL, **{field: value})
 
 
@@ -223,7 +228,7 @@ def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path):
     with path.open("a") as file:
         file.write(result(replace(CELL, seed=1)).to_json()[:50])
     store.append(path, result(replace(CELL, seed=2)))
-    with pytest.warns(UserWarning, match=r"r.jsonl:2 is cut off"):
+    with pytest.warns(UserWarning, match=r"r.jsonl:2 is incomplete"):
         found = store.read(path)
     assert [each.cell.seed for each in found.values()] == [0, 2]
 
@@ -231,8 +236,8 @@ def test_a_line_that_was_cut_off_takes_no_other_with_it(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"key": "0" * 16}, "whose key is now"),
-        ({"cell": asdict(CELL) | {"colour": 1}}, "settings that cells do not have"),
+        ({"key": "0" * 16}, "now has the key"),
+        ({"cell": asdict(CELL) | {"colour": 1}}, "unknown settings"),
         ({"accuracy": 1.0}, "accuracy"),
     ],
 )
@@ -241,6 +246,27 @@ def test_lines_that_are_no_results(tmp_path, change, message):
     path.write_text(json.dumps(json.loads(result().to_json()) | change) + "\n")
     with pytest.raises(ValueError, match=message):
         store.read(path)
+
+
+def test_results_of_older_versions_are_read(tmp_path):
+    path = tmp_path / "r.jsonl"
+    old = json.loads(result().to_json())
+    assert old.pop("version") is None
+    path.write_text(json.dumps(old) + "\n")
+    assert store.read(path) == {CELL.key: result()}
+
+
+def test_a_version_is_of_the_sources(tmp_path):
+    assert re.fullmatch(rf"{re.escape(dtnh_jax.__version__)}\+[0-9a-f]{{8}}", version.version())
+    (tmp_path / "a.py").write_text("x = 1")
+    first = version.digest([tmp_path])
+    assert version.digest([tmp_path]) == first
+    (tmp_path / "notes.md").write_text("not a source")
+    assert version.digest([tmp_path]) == first
+    (tmp_path / "a.py").write_text("x = 2")
+    second = version.digest([tmp_path])
+    (tmp_path / "a.py").rename(tmp_path / "b.py")
+    assert len({first, second, version.digest([tmp_path])}) == 3
 
 
 # Batches
@@ -286,6 +312,7 @@ def test_cells_that_run_at_once_are_those_that_run_one_by_one(data):
         assert one.conflict.keys() == other.conflict.keys()
     again = train.run(ready[:1])[0]
     assert replace(again, seconds=0.0) == replace(one_by_one[0], seconds=0.0)
+    assert again.version == version.version()
     assert one_by_one[1].test is not None
     assert set(one_by_one[1].conflict) > {"conv1", "layer1/0/bn1", "layer3/0/conv2"}
     assert all(len(quarters) == 4 for quarters in one_by_one[1].conflict.values())
@@ -305,10 +332,10 @@ def test_a_run_goes_on_where_it_was(data, tmp_path, capsys):
     # Lose two, and a half of another: only those are run again, and come out the same.
     path.write_text("\n".join(lines[:-3]) + "\n" + lines[-3][:40])
     capsys.readouterr()
-    with pytest.warns(UserWarning, match="cut off"):
+    with pytest.warns(UserWarning, match="is incomplete"):
         assert command.main(arguments) == 0
     assert f"{grids.PLAIN_RUNS + 1} cells, 3 of them to run" in capsys.readouterr().out
-    with pytest.warns(UserWarning, match="cut off"):
+    with pytest.warns(UserWarning, match="is incomplete"):
         found = store.read(path)
     wanted = {each.cell.key: each for each in map(Result.from_json, lines)}
     assert found.keys() == wanted.keys()
@@ -334,9 +361,9 @@ def test_a_cell_runs_again_by_its_key(data, tmp_path, capsys):
     places = ["--data", str(data), "--sources", str(tmp_path / "sources")]
     capsys.readouterr()
     assert command.main(["again", str(file), cell.key[:8], *places]) == 0
-    then, now = capsys.readouterr().out.splitlines()
-    assert cell.key in then
-    assert then.removeprefix("then") == now.removeprefix("now")
+    old, new = capsys.readouterr().out.splitlines()
+    assert cell.key in old
+    assert old.removeprefix("old") == new.removeprefix("new")
     for key, count in ((cell.key[:-1] + "x", 0), ("", 1 + grids.PLAIN_RUNS + 1)):
         assert command.main(["again", str(file), key, *places]) == 1
         assert f"{count} cells of" in capsys.readouterr().err
@@ -372,35 +399,90 @@ def test_processes_of_their_own(data, tmp_path):
     assert len(store.read(results)) == 1
 
 
-def test_a_process_that_fails_or_dies_is_told():
-    class Process:
-        def __init__(self, exitcode):
-            self.exitcode = exitcode
+class Deadly:
+    """Kills the worker process that receives it."""
 
-    class Said:
-        def __init__(self, *messages):
-            self.messages = list(messages)
-
-        def get(self, timeout):
-            if not self.messages:
-                raise runner.queue.Empty
-            return self.messages.pop(0)
-
-    counted = []
-    runner._follow([Process(0)], Said(True, True, None), lambda: counted.append(1))
-    assert len(counted) == 2
-    with pytest.raises(runner.WorkerError, match="exit code -9"):
-        runner._follow([Process(-9)], Said(), lambda: None)
-    with pytest.raises(runner.WorkerError, match="ValueError: no folder"):
-        runner._follow([Process(0)], Said("ValueError: no folder"), lambda: None)
+    def __reduce__(self):
+        return os._exit, (9,)
 
 
-def test_shares_are_all_cells_once(tmp_path):
-    grid, path = GRIDS["real"], tmp_path / "r.jsonl"
+def test_a_worker_that_fails_is_reported(tmp_path):
+    """Any exception, also one that cannot be sent between processes."""
+    places = runner.Places(tmp_path, None, tmp_path / "r.jsonl", tmp_path / "kept")
+    advanced = []
+    good = Pretraining("random_weights", "cifar_resnet8", 8, steps=1)
+    bad = Pretraining("missing", "cifar_resnet8", 8, steps=1)
+    with pytest.raises(runner.WorkerError, match="failed: ValueError: There is no folder missing"):
+        runner._run_jobs([good, bad], places, 2, 1, advanced.append)
+    assert (places.sources / good.file_name).exists()
+
+    def corrupt(*arguments):
+        raise CorruptImageError("a.jpg", "it is empty")
+        yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_do", corrupt)
+        with pytest.raises(runner.WorkerError, match=r"a\.jpg cannot be decoded") as caught:
+            runner._finish(bad, places, 1)
+    assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
+
+
+def test_a_worker_that_dies_is_reported(tmp_path):
+    places = runner.Places(tmp_path, None, tmp_path / "r.jsonl", tmp_path / "kept")
+    with pytest.raises(runner.WorkerError, match=r"worker process died.*start again to continue"):
+        runner._run_jobs([Deadly()], places, 2, 1, lambda n=1: None)
+
+
+ORPHANS = """
+import os, time
+from examples.never_hurt import runner
+
+def sleep(numbers):
+    runner._start_worker(numbers)
+    print(*os.sched_getaffinity(0), flush=True)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    context = runner.multiprocessing.get_context("spawn")
+    numbers = context.SimpleQueue()
+    numbers.put(1)
+    context.Process(target=sleep, args=(numbers,)).start()
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Cores cannot be chosen here.")
+def test_a_worker_ends_with_its_parent(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(ORPHANS)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(script)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        assert len(parent.stdout.readline().split()) == 1
+        killed = time.monotonic()
+        parent.kill()
+        # The pipe ends when no process is left that writes to it.
+        assert parent.stdout.read() == ""
+    assert time.monotonic() - killed < 30
+
+
+def test_shares_are_all_cells_once(tmp_path, monkeypatch):
+    grid, path = GRIDS["real"], tmp_path / "real.jsonl"
     for cell in grid.tuning():
         store.append(path, result(cell))
-    shares = [dict(command._stages(grid, (i, 3), path))["Cells"] for i in range(3)]
+    shares = []
+
+    def take(cells, places, **settings):
+        shares.append(cells)
+
+    monkeypatch.setattr(runner, "run_missing", take)
+    for index in range(3):
+        run = ["run", "--grid", "real", "--data", str(tmp_path), "--results", str(tmp_path)]
+        assert command.main([*run, "--share", str(index), "3"]) == 0
+    assert shares[::2] == [grid.tuning()] * 3
+    shares = shares[1::2]
     everything = grid.cells(store.read(path))
+    assert shares[1] == everything[1::3]
     assert sorted(cell.key for share in shares for cell in share) == sorted(
         cell.key for cell in everything
     )
@@ -459,7 +541,7 @@ def test_errors_say_what_to_do(data, tmp_path, capsys):
     for flags, message in (
         (["--workers", "0"], "workers must be at least 1"),
         (["--lanes", "0"], "lanes must be at least 1"),
-        (["--share", "2", "2"], "got 2 of 2"),
+        (["--share", "2", "2"], "got 2 2"),
     ):
         assert command.main([*run, *flags]) == 1
         assert message in capsys.readouterr().err

@@ -9,14 +9,15 @@ from dataclasses import replace
 
 import needs
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 needs.examples()
 
 from examples.never_hurt import __main__ as command
-from examples.never_hurt import analysis, figures, report, store, tables
-from examples.never_hurt.analysis import Estimate, Pair, Setting, Study
+from examples.never_hurt import analysis, figures, labels, report, store, tables
+from examples.never_hurt.analysis import SETTING, TASK, select, values
 from examples.never_hurt.cell import NONE, Cell, Result
 from examples.never_hurt.grids import GRIDS, Grid, Part
 
@@ -60,26 +61,66 @@ def make(noise, grid=GRID, seed=0):
 
 def study(noise=0.0, grid=GRID, seed=0):
     made = make(noise, grid, seed)
-    return Study(made[cell.key] for cell in grid.cells(made))
+    return analysis.compare(analysis.frame(made[cell.key] for cell in grid.cells(made)))
+
+
+def effects(cells):
+    """What the rule of each cell does at its strength."""
+    return np.array([EFFECTS[rule][x] for rule, x in zip(cells.rule, cells.strength, strict=True)])
+
+
+def differences(values):
+    """A frame of cells from the differences of each setting, seed by seed."""
+    return pd.DataFrame(
+        [
+            {**dict(zip(SETTING, setting, strict=True)), "seed": seed, "difference": value}
+            for setting, of_seeds in values.items()
+            for seed, value in enumerate(of_seeds)
+        ]
+    )
+
+
+def test_a_study_is_one_row_a_cell():
+    made = make(0.5)
+    cells = GRID.cells(made)
+    found = analysis.frame(made[cell.key] for cell in cells)
+    assert len(found) == len(cells)
+    for row, cell in zip(found.itertuples(), cells, strict=True):
+        assert (row.source, row.rule, row.strength, row.seed, row.order) == (
+            cell.source, cell.rule, cell.strength, cell.seed, cell.order
+        )  # fmt: skip
+        assert row.accuracy == pytest.approx(100 * made[cell.key].test)
+        assert row.validation == pytest.approx(100 * made[cell.key].validation)
+    assert set(found["kind"]) == {"fitting", "unfitting"}
+    tuning = analysis.frame(made[cell.key] for cell in GRID.tuning())
+    np.testing.assert_array_equal(tuning["accuracy"], tuning["validation"])
 
 
 def test_differences_are_taken_in_pairs():
     found = study()
-    for setting in found.accuracy:
-        wanted = EFFECTS[setting.rule][setting.strength]
-        np.testing.assert_allclose(found.against_plain(setting), [wanted] * 3, atol=1e-9)
-        of_sum = wanted - EFFECTS["weighted_sum"][setting.strength]
-        np.testing.assert_allclose(found.against_sum(setting), [of_sum] * 3, atol=1e-9)
-    assert found.rules == list(EFFECTS)
-    assert found.strengths == list(STRENGTHS)
+    assert len(found) == len(list(itertools.product(SOURCES, TARGETS, EFFECTS, STRENGTHS, SEEDS)))
+    np.testing.assert_allclose(found["against_plain"], effects(found), atol=1e-9)
+    of_sum = effects(found) - effects(found.assign(rule="weighted_sum"))
+    np.testing.assert_allclose(found["against_sum"], of_sum, atol=1e-9)
+    assert found["against_scratch"].isna().all()
+    assert values(found, "rule") == list(EFFECTS)
+    assert values(found.iloc[::-1], "strength") == list(STRENGTHS)
+
+
+def test_another_metric_is_compared_likewise():
+    cells = study()
+    made = make(0.0)
+    frame = analysis.frame(made[cell.key] for cell in GRID.cells(made))
+    doubled = frame.assign(doubled=2 * frame["accuracy"])
+    found = analysis.compare(doubled, "doubled")
+    np.testing.assert_allclose(found["against_plain"], 2 * cells["against_plain"], atol=1e-9)
 
 
 def test_scratch_is_plain_training_from_random_weights():
     part = replace(GRID.parts[0], sources=("tinyimagenet", "random_weights"))
     found = study(grid=replace(GRID, parts=[part]))
-    for setting in found.accuracy:
-        wanted = EFFECTS[setting.rule][setting.strength] + 10 * (setting.source == "tinyimagenet")
-        np.testing.assert_allclose(found.against_scratch(setting), [wanted] * 3, atol=1e-9)
+    wanted = effects(found) + 10 * (found["source"] == "tinyimagenet")
+    np.testing.assert_allclose(found["against_scratch"], wanted, atol=1e-9)
     rows = tables.verdicts(found, "scratch")
     assert [row[1] for row in rows[1:]] == ["9"] * 3  # those from random weights are left out
     assert rows[0][3] == "below scratch"
@@ -92,42 +133,64 @@ def test_plain_is_the_mean_of_its_runs():
         Result(replace(cell, order=1), 0.1, 0.6, 1.0, 0.0),
         Result(replace(cell, regularizer="l2_sp", rule="gate", strength=1.0), 0.1, 0.7, 1.0, 0.0),
     ]
-    found = Study(results)
-    [setting] = found.accuracy
-    np.testing.assert_allclose(found.against_plain(setting), [20.0])
+    found = analysis.compare(analysis.frame(results))
+    np.testing.assert_allclose(found["against_plain"], [20.0])
     with pytest.raises(ValueError, match="no plain run"):
-        Study(results[2:])
+        analysis.compare(analysis.frame(results[2:]))
 
 
 def test_intervals_pool_the_spread_of_a_rule_and_a_target():
-    setting = Setting("a", "b", "l2_sp", "gate", 1.0)
-    values = {
-        setting: np.array([1.0, 3.0, 2.0]),
-        setting._replace(strength=2.0): np.array([0.0, 4.0, 2.0]),
-        setting._replace(target="c"): np.array([0.0, 0.0, 0.0]),
-        setting._replace(rule="dtnh"): np.array([5.0, 6.0, 7.0]),
-    }
-    found = analysis.estimates(list(values), values.__getitem__)
+    setting = ("a", "b", "l2_sp", "gate", 1.0)
+    stronger = ("a", "b", "l2_sp", "gate", 2.0)
+    other_target = ("a", "c", "l2_sp", "gate", 1.0)
+    other_rule = ("a", "b", "l2_sp", "dtnh", 1.0)
+    cells = differences(
+        {
+            setting: [1.0, 3.0, 2.0],
+            stronger: [0.0, 4.0, 2.0],
+            other_target: [0.0, 0.0, 0.0],
+            other_rule: [5.0, 6.0, 7.0],
+        }
+    )
+    found = analysis.estimates(cells, "difference")
+    assert list(found.index) == [setting, stronger, other_target, other_rule]
     deviation = np.sqrt((2.0 + 8.0) / 4)
     reach = stats.t.ppf(0.975, 4) * deviation / np.sqrt(3)
-    assert found[setting] == pytest.approx((2.0, reach))
-    assert found[setting._replace(strength=2.0)] == pytest.approx((2.0, reach))
-    assert found[setting._replace(target="c")] == (0.0, 0.0)
-    single = analysis.estimates([setting], lambda _: np.array([1.0]))[setting]
-    assert single.half_width == np.inf
-    assert not single.is_above
-    assert Estimate(-1.0, 0.5).is_below
-    assert not Estimate(-0.5, 1.0).is_below
+    bounds = found[["mean", "half_width"]]
+    assert tuple(bounds.loc[setting]) == pytest.approx((2.0, reach))
+    assert tuple(bounds.loc[stronger]) == pytest.approx((2.0, reach))
+    assert tuple(bounds.loc[other_target]) == (0.0, 0.0)
+    p_value = stats.ttest_1samp([0.0, 0.0, 1.0, 2.0], 0, alternative="less").pvalue
+    alone = analysis.estimates(differences({setting: [0.0, 0.0, 1.0, 2.0]}), "difference")
+    assert alone["p_value"].item() == pytest.approx(p_value)
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0])
+def test_a_single_seed_tells_nothing(value):
+    cells = differences({("a", "b", "l2_sp", "gate", 1.0): [value]})
+    found = analysis.estimates(cells, "difference")
+    assert found["half_width"].item() == np.inf
+    assert not found[["below", "above"]].any(axis=None)
+    assert analysis.verdicts(found)["at_once"].item() == 0
+
+
+def test_what_is_below_and_above():
+    settings = {("a", target, "l2_sp", "gate", 1.0): target for target in "bcd"}
+    spread = np.array([-0.1, 0.0, 0.1])
+    of_target = {"b": -1 + spread, "c": 1 + spread, "d": 0.1 + 10 * spread}
+    cells = differences({setting: of_target[target] for setting, target in settings.items()})
+    found = analysis.estimates(cells, "difference")
+    assert found["below"].tolist() == [True, False, False]
+    assert found["above"].tolist() == [False, True, False]
 
 
 def test_intervals_hold_as_often_as_they_say():
     misses, n = 0, 0
     for seed in range(40):
-        found = study(noise=1.0, seed=seed)
-        settings = found.settings(rule="gate")
-        for each in analysis.estimates(settings, found.against_plain).values():
-            misses += abs(each.mean) > each.half_width
-            n += 1
+        cells = select(study(noise=1.0, seed=seed), rule="gate")
+        found = analysis.estimates(cells, "against_plain")
+        misses += (found["mean"].abs() > found["half_width"]).sum()
+        n += len(found)
     assert 0.03 < misses / n < 0.07
 
 
@@ -136,68 +199,88 @@ def test_bootstrap_intervals_hold_about_as_often_as_they_say():
     hits = 0
     for trial in range(100):
         of_pairs = rng.normal(0, 1, size=(15, 1)) + rng.normal(0, 1, size=(15, 3))
-        low, high = analysis.bootstrap_mean([[values] for values in of_pairs], seed=trial)[1:]
+        cells = differences(
+            {("a", str(pair), "l2_sp", "gate", 1.0): each for pair, each in enumerate(of_pairs)}
+        )
+        low, high = analysis.bootstrap_mean(cells, "difference", seed=trial)[1:]
         hits += low <= 0 <= high
     assert 85 <= hits <= 100
 
 
 def test_bootstrap_of_what_is_the_same_everywhere():
-    group = [np.array([2.0, 2.0]), np.array([4.0, 4.0])]
-    assert analysis.bootstrap_mean([group, group]) == pytest.approx((3.0, 3.0, 3.0))
+    def settings(target, values):
+        return {("a", target, "l2_sp", "gate", x): [value] * 2 for x, value in enumerate(values)}
+
+    def bootstrap(values):
+        return analysis.bootstrap_mean(differences(values), "difference")
+
+    same = settings("b", [2.0, 4.0]) | settings("c", [2.0, 4.0])
+    assert bootstrap(same) == pytest.approx((3.0, 3.0, 3.0))
     # Two settings of one pair count twice as much as one of another.
-    mean = analysis.bootstrap_mean([group, [np.array([0.0, 0.0])]]).mean
+    mean = bootstrap(settings("b", [2.0, 4.0]) | settings("c", [0.0])).mean
     assert mean == pytest.approx(2.0)
 
 
 def test_verdicts():
-    found = study(noise=0.3)
-    hurts = analysis.verdict(found.settings(rule="weighted_sum"), found.against_plain)
-    assert hurts.n_settings == 18
-    assert hurts.n_below == hurts.n_below_at_once == 6
-    assert hurts.worst.strength == 100.0
-    assert hurts.worst_estimate.mean == pytest.approx(-20, abs=1)
-    assert hurts.by_chance == pytest.approx(0.45)
-    helps = analysis.verdict(found.settings(rule="bounded_dtnh"), found.against_plain)
-    assert helps.n_below == 0
-    assert helps.n_above >= 12
-    assert helps.mean == pytest.approx(7 / 3, abs=0.3)
+    estimates = analysis.estimates(study(noise=0.3), "against_plain")
+    found = analysis.verdicts(estimates)
+    assert list(found.index) == list(EFFECTS)
+    hurts = found.loc["weighted_sum"]
+    assert hurts["settings"] == 18
+    assert hurts["below"] == hurts["at_once"] == 6
+    assert dict(zip(SETTING, hurts["worst"], strict=True))["strength"] == 100.0
+    assert estimates.loc[hurts["worst"], "mean"] == pytest.approx(-20, abs=1)
+    helps = found.loc["bounded_dtnh"]
+    assert helps["below"] == 0
+    assert helps["above"] >= 12
+    assert helps["mean"] == pytest.approx(7 / 3, abs=0.3)
+    [head, *rows] = tables.verdicts(study(noise=0.3))
+    assert head[3] == "below plain"
+    assert rows[0][3] == f"6 ({18 * 0.025:.1f})"
 
 
 def test_all_at_once_is_stricter():
     counts = np.zeros(2)
     for seed in range(30):
-        found = study(noise=1.0, seed=seed)
-        verdict = analysis.verdict(found.settings(rule="gate"), found.against_plain)
-        counts += verdict.n_below, verdict.n_below_at_once
+        cells = select(study(noise=1.0, seed=seed), rule="gate")
+        found = analysis.verdicts(analysis.estimates(cells, "against_plain"))
+        counts += found[["below", "at_once"]].to_numpy()[0]
     assert counts[0] > 4 * counts[1]
 
 
+def test_holm():
+    def count(*p_values):
+        return analysis.n_below_at_once(pd.Series(p_values))
+
+    assert count(0.9, 0.01, 0.001) == 2  # 0.001 ≤ 0.025 / 3 and 0.01 ≤ 0.025 / 2
+    assert count(0.02, 0.01, 0.01) == 0  # none is within 0.025 / 3
+    assert count(0.01, 0.008, 0.02) == 3
+    assert count(1.0) == 0
+
+
 def test_win_tie_loss():
-    found = study(noise=0.2)
-    at = {
-        strength: analysis.win_tie_loss(
-            found.settings(rule="bounded_dtnh", strength=strength), found
-        )
-        for strength in STRENGTHS
-    }
+    found = select(study(noise=0.2), rule="bounded_dtnh")
+    at = {x: analysis.win_tie_loss(select(found, strength=x)) for x in STRENGTHS}
     assert at[1.0] == (0, 0, 6)
     assert at[100.0] == (6, 0, 0)
     assert sum(at[0.1]) == 6
+    assert analysis.win_tie_loss(select(found, strength=5.0)) == (0, 0, 0)
 
 
 def test_the_best_strength_is_chosen_on_validation_images():
-    found = study()
-    setting = Setting("medmnist", "dtd10", "l2_sp", "weighted_sum", 0.1)
-    found.validation[setting] = dict.fromkeys(SEEDS, 99.0)
-    gains = analysis.best_gains(found, "weighted_sum")
-    assert len(gains) == 6
-    assert gains[Pair("medmnist", "dtd10"), "l2_sp"].strength == 0.1
-    np.testing.assert_allclose(gains[Pair("medmnist", "dtd10"), "l2_sp"].at_best, 1.0)
-    assert gains[Pair("medmnist", "cifar10"), "l2_sp"].strength == 1.0
+    found = select(study(), rule="weighted_sum")
+    at = (found["source"] == "medmnist") & (found["target"] == "dtd10") & (found["strength"] == 0.1)
+    found.loc[at, "validation"] = 99.0
+    best = analysis.at_best_strength(found)
+    assert len(best) == 6 * len(SEEDS)
+    chosen = best.set_index(TASK)
+    assert set(chosen.loc[("medmnist", "dtd10", "l2_sp"), "strength"]) == {0.1}
+    np.testing.assert_allclose(chosen.loc[("medmnist", "dtd10", "l2_sp"), "against_plain"], 1.0)
+    assert set(chosen.loc[("medmnist", "cifar10", "l2_sp"), "strength"]) == {1.0}
 
 
 def test_kept_gain():
-    kept = analysis.kept_gain(study(), "bounded_dtnh")
+    kept = analysis.kept_gain(analysis.at_best_strength(study()), "bounded_dtnh")
     assert kept == pytest.approx((0.75, 0.75, 0.75))
 
 
@@ -246,7 +329,7 @@ def test_report_wants_all_cells_and_known_tables(finished, capsys):
     path.write_text("\n".join(path.read_text().splitlines()[:-3]) + "\n")
     assert command.main(["report", str(finished), "--out", str(finished / "out")]) == 1
     assert "lacks 3 of" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="wants a table wrong"):
+    with pytest.raises(ValueError, match="names a table wrong"):
         report.renewed("<!-- table wrong -->\n<!-- end -->", {"right": []})
 
 
@@ -261,11 +344,12 @@ def test_every_table_has_rows_of_one_length():
     ("value", "text"), [(0.04, "0.0"), (-0.04, "0.0"), (0.05, "+0.1"), (-12.34, "−12.3")]
 )
 def test_points(value, text):
-    assert tables.points(value) == text
+    assert labels.points(value) == text
 
 
 def test_conflict_is_drawn_from_the_image_to_the_logits():
-    figure = figures.conflict(study(), "gate", 1.0, ["conv1", "bn1", "layer1/0/conv1", "head"])
+    cells = select(study(), rule="gate", strength=1.0)
+    figure = figures.conflict(cells, ["conv1", "bn1", "layer1/0/conv1", "head"])
     axis = figure.axes[0]
     names = [label.get_text() for label in axis.get_yticklabels()]
     assert names == ["conv1", "bn1", "layer1/0/conv1"]

@@ -305,7 +305,7 @@ def test_bss_vmap_half_sharded_and_bad_input():
     assert_same_on_eight_devices(fun, stacked[0])
     with pytest.raises(ValueError, match=r"k must be at most 4.*\(8, 4\); got 5"):
         fun(stacked[0], 5)
-    with pytest.raises(ValueError, match=r"k must be a whole number >= 1; got 0"):
+    with pytest.raises(ValueError, match=r"k must be an integer >= 1; got 0"):
         fun(stacked[0], 0)
     with pytest.raises(ValueError, match=r"\(n, features\); got \(2, 8, 4\)"):
         fun(stacked)

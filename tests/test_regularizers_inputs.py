@@ -216,7 +216,7 @@ def test_bad_input(fun):
 
     with pytest.raises(ValueError, match=r"epsilon must be positive; got 0"):
         with_logits(X, epsilon=0)
-    with pytest.raises(ValueError, match=r"steps must be a whole number >= 1; got 0"):
+    with pytest.raises(ValueError, match=r"steps must be an integer >= 1; got 0"):
         with_logits(X, steps=0)
     with pytest.raises(ValueError, match=r"reduction must be 'mean' or 'sum'"):
         with_logits(X, reduction="none")

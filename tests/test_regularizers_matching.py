@@ -92,9 +92,9 @@ def test_error_lists_everything():
         regularizers.match_pretrained(PARAMS, source, new="haed/*")
     text = str(caught.value)
     assert "without a pre-trained value: 'head/bias', 'head/kernel', 'norm/bias'\n" in text
-    assert "pre-trained, but not in params: 'fc/bias', 'fc/kernel'\n" in text
-    assert "of another shape in pretrained: 'conv/kernel': (3, 5) for (3, 4)\n" in text
-    assert "patterns that meet no leaf: 'haed/*'\n" in text
+    assert "only in pretrained: 'fc/bias', 'fc/kernel'\n" in text
+    assert "with another shape in pretrained: 'conv/kernel': (3, 5) for (3, 4)\n" in text
+    assert "patterns that match no leaf: 'haed/*'\n" in text
     assert "new=" in text
     assert "excluded=" in text
 

@@ -210,11 +210,11 @@ def test_co_tuning_bad_input():
     rows = relationship()
     with pytest.raises(ValueError, match=r"labels of shape \(\.\.\.\); got \(8, 6\) and \(3,\)"):
         regularizers.co_tuning(Z, LABELS[:3], rows)
-    with pytest.raises(ValueError, match=r"whole numbers as labels.*float32"):
+    with pytest.raises(ValueError, match=r"integer labels.*float32"):
         regularizers.co_tuning(Z, LABELS.astype(np.float32), rows)
     with pytest.raises(ValueError, match=r"\(target classes, 6\).*got \(6, 3\)"):
         regularizers.co_tuning(Z, LABELS, rows.T)
-    with pytest.raises(ValueError, match=r"n_classes must be a whole number >= 1; got 0"):
+    with pytest.raises(ValueError, match=r"n_classes must be an integer >= 1; got 0"):
         regularizers.co_tuning_relationship(Z, LABELS, 0)
     with pytest.raises(ValueError, match=r"\(n, source classes\); got \(1, 8, 6\)"):
         regularizers.co_tuning_relationship(Z[None], LABELS[None], 3)

@@ -289,7 +289,7 @@ def test_fisher_bad_input():
     fisher = functools.partial(regularizers.fisher_diagonal, linear, SOURCE)
     with pytest.raises(ValueError, match=r"kind must be 'empirical' or 'true'; got 'exact'"):
         fisher([(INPUTS, LABELS)], kind="exact")
-    with pytest.raises(ValueError, match=r"chunk_size must be a whole number >= 1; got 0"):
+    with pytest.raises(ValueError, match=r"chunk_size must be an integer >= 1; got 0"):
         fisher([(INPUTS, LABELS)], chunk_size=0)
     with pytest.raises(ValueError, match=r"at least one example"):
         fisher([])

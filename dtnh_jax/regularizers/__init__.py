@@ -1,4 +1,4 @@
-"""Regularizers of transfer, as plain functions from parameters or outputs to a scalar."""
+"""Regularizers for transfer learning: functions of parameters or outputs that return a scalar."""
 
 from dtnh_jax.regularizers._features import attention_transfer as attention_transfer
 from dtnh_jax.regularizers._features import batch_spectral_shrinkage as batch_spectral_shrinkage

@@ -1,4 +1,4 @@
-"""How one number for each example becomes one for the batch."""
+"""Reductions over the batch, and validation of arguments."""
 
 from typing import Literal
 
@@ -16,19 +16,19 @@ def reduced(of_examples: jax.Array, reduction: Reduction) -> jax.Array:
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...] = ("mean", "sum")) -> None:
-    """Refuses a convention that there is not."""
+    """Validates an argument that has a fixed set of values."""
     if value not in choices:
         wanted = " or ".join(map(repr, choices))
         raise ValueError(f"{name} must be {wanted}; got {value!r}.")
 
 
 def check_positive(name: str, value: object) -> None:
-    """Refuses a number that is not above zero; one that is traced passes."""
+    """Validates a positive number; tracers are not checked."""
     if not isinstance(value, Tracer) and not np.all(np.asarray(value) > 0):
         raise ValueError(f"{name} must be positive; got {value!r}.")
 
 
 def check_count(name: str, value: object) -> None:
-    """Refuses what is no whole number of at least one."""
+    """Validates an integer of at least one."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
-        raise ValueError(f"{name} must be a whole number >= 1; got {value!r}.")
+        raise ValueError(f"{name} must be an integer >= 1; got {value!r}.")

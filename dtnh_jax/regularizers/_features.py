@@ -1,4 +1,4 @@
-"""Regularizers of the features."""
+"""Regularizers of features."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -22,28 +22,28 @@ from dtnh_jax.regularizers._batch import (
 def feature_distillation(
     student_features: PyTree, teacher_features: PyTree, *, reduction: Reduction = "mean"
 ) -> jax.Array:
-    r"""Feature distillation: keeps the outer layers' feature maps near the pre-trained ones.
+    r"""Feature distillation: keeps feature maps close to the pre-trained ones.
 
     $$\Omega = \sum_{\text{layers}} \frac{1}{n}\sum_{i=1}^{n}
     \tfrac{1}{2}\lVert f_i - f^0_i\rVert^2$$
 
-    What DTNH's paper calls knowledge distillation. With `reduction="sum"` it is
+    The DTNH paper calls it knowledge distillation. With `reduction="sum"` it is
     [`delta`][dtnh_jax.regularizers.delta] without channel weights.
 
     Args:
         student_features: $f$, an array or a tree of them, one for each layer, of shape
             `(n, ...)`, real floating-point.
         teacher_features: $f^0$, with the structure and shapes of `student_features`; `None` in
-            the place of a layer that is not to be kept. No gradient is stopped: compute them
-            outside the objective, or wrap them in `jax.lax.stop_gradient`.
+            place of a layer to exclude. Gradients flow through them: compute them outside the
+            objective, or wrap them in `jax.lax.stop_gradient`.
         reduction: `"mean"` or `"sum"` over the examples.
 
     Returns:
         A scalar, in float32 or the widest dtype of the features.
 
     Raises:
-        ValueError: If the trees or shapes do not match, the layer is named; if a feature map has
-            no axis of examples, or `reduction` is another.
+        ValueError: If the trees or shapes do not match (the message names the layer), if a
+            feature map has no batch axis, or if `reduction` is unknown.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -73,22 +73,22 @@ def attention_transfer(
     reduction: Reduction = "mean",
     positions: Reduction = "mean",
 ) -> jax.Array:
-    r"""Attention transfer: keeps what the network looks at, not what it sees there.
+    r"""Attention transfer: keeps the spatial attention maps close to the pre-trained ones.
 
     $$\Omega = \sum_{\text{layers}} \frac{1}{n}\sum_{i=1}^{n} \frac{1}{P}\sum_{p=1}^{P}
     \bigl(A(f_i)_p - A(f^0_i)_p\bigr)^2, \qquad
     A(f) = \frac{q}{\lVert q\rVert}, \quad q_p = \frac{1}{C}\sum_{c=1}^{C} f_{pc}^2$$
 
-    over the positions $p$ of a feature map. The defaults are the authors' code, whose weight is
-    $10^3$; `positions="sum"` is the squared distance of the two maps as vectors. Where a map is
-    zero all over, so are its attention and the gradient.
+    over the positions $p$ of a feature map. The defaults are those of the authors' code, which
+    uses the weight $10^3$; `positions="sum"` is the squared distance of the two maps as vectors.
+    If a feature map is zero everywhere, its attention map and the gradient are zero.
 
     Args:
         student_features: $f$, an array or a tree of them, one for each layer, of shape
             `(n, ..., channels)`, real floating-point.
-        teacher_features: $f^0$, likewise; the number of channels may be another. `None` in the
-            place of a layer that is not to be kept. No gradient is stopped.
-        channel_axis: Which axis holds the channels: `-1` in Flax, `1` in PyTorch's layout.
+        teacher_features: $f^0$, as `student_features`, possibly with another number of channels;
+            `None` in place of a layer to exclude. Gradients flow through them.
+        channel_axis: The channel axis: `-1` in Flax, `1` in PyTorch's layout.
         reduction: `"mean"` or `"sum"` over the examples.
         positions: `"mean"` or `"sum"` over the positions.
 
@@ -96,9 +96,8 @@ def attention_transfer(
         A scalar, in float32 or the widest dtype of the features.
 
     Raises:
-        ValueError: If the trees do not match or the maps have other positions, the layer is
-            named; if there is no axis of channels besides that of the examples, or `reduction`
-            or `positions` is another.
+        ValueError: If the trees or the positions do not match (the message names the layer), if
+            there is no channel axis, or if `reduction` or `positions` is unknown.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -121,8 +120,8 @@ def attention_transfer(
         )
         if student.shape != teacher.shape:
             raise ValueError(
-                "attention_transfer wants feature maps of the same examples and positions from "
-                f"student and teacher; got {student.shape} and {teacher.shape}, without the "
+                "attention_transfer expects feature maps with the same examples and positions "
+                f"from student and teacher; got {student.shape} and {teacher.shape}, without "
                 f"channels, at {name!r}. Resize one of them."
             )
         over = jnp.mean if positions == "mean" else jnp.sum
@@ -140,27 +139,27 @@ def delta(
     reduction: Reduction = "sum",
     scale: Literal["none", "channels/positions"] = "none",
 ) -> jax.Array:
-    r"""DELTA: keeps feature maps near the pre-trained ones, each channel by what it is worth.
+    r"""DELTA: keeps feature maps close to the pre-trained ones, with a weight for each channel.
 
     $$\Omega = \sum_{\text{layers}} \sum_{i=1}^{n} \sum_{c=1}^{C} \frac{\omega_c}{2}
     \bigl\lVert f_{ic} - f^0_{ic}\bigr\rVert^2$$
 
     Without `channel_weights` every $\omega_c = 1$, the *behavioural* form. With those of
-    [`delta_channel_weights`][dtnh_jax.regularizers.delta_channel_weights], which add up to one,
-    it is the *attention-weighted* form of the paper; DELTA's code and tllib multiply that by the
-    number of channels over that of positions, which is `scale="channels/positions"`. Both sum
-    over the batch. Their weights are 0.01 for this and 0.01 for the
-    [`l2`][dtnh_jax.regularizers.l2] of the new head: `reg_weight=0.01` of the sum of both.
+    [`delta_channel_weights`][dtnh_jax.regularizers.delta_channel_weights], which sum to one, it is
+    the *attention-weighted* form of the paper. DELTA's code and tllib multiply it by the number
+    of channels over the number of positions, which is `scale="channels/positions"`. Both sum
+    over the batch, and use a weight of 0.01 for this term and 0.01 for the
+    [`l2`][dtnh_jax.regularizers.l2] of the new head: `reg_weight=0.01` for the sum of both.
 
     Args:
         student_features: $f$, an array or a tree of them, one for each layer, of shape
             `(n, ..., channels)`, real floating-point.
         teacher_features: $f^0$, with the structure and shapes of `student_features`; `None` in
-            the place of a layer that is not to be kept. No gradient is stopped.
-        channel_weights: $\omega$, for each layer an array of shape `(channels,)`, in the
+            place of a layer to exclude. Gradients flow through them.
+        channel_weights: $\omega$, an array of shape `(channels,)` for each layer, with the
             structure of `student_features`; or `None`.
-        channel_axis: Which axis holds the channels: `-1` in Flax, `1` in PyTorch's layout.
-        reduction: `"sum"`, or `"mean"` over the examples, which makes the weight independent of
+        channel_axis: The channel axis: `-1` in Flax, `1` in PyTorch's layout.
+        reduction: `"sum"` or `"mean"` over the examples; the value of `"mean"` does not grow with
             the batch size.
         scale: `"none"`, or `"channels/positions"`.
 
@@ -168,8 +167,8 @@ def delta(
         A scalar, in float32 or the widest dtype of the features.
 
     Raises:
-        ValueError: If the trees or shapes do not match, the layer is named; or if `reduction`
-            or `scale` is another.
+        ValueError: If the trees or shapes do not match (the message names the layer), or if
+            `reduction` or `scale` is unknown.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -207,14 +206,14 @@ def delta(
         if weight is not None:
             if np.shape(weight) != (channels,):
                 raise ValueError(
-                    "channel_weights must have a number for each channel; got shape "
+                    "channel_weights must have one number for each channel; got shape "
                     f"{np.shape(weight)} for {channels} channels at {name!r}."
                 )
             weight = jnp.asarray(weight).astype(value.dtype)
             squares = squares * weight.reshape((1,) * (squares.ndim - 1) + (channels,))
         elif channel_weights is not None:
             raise ValueError(
-                f"channel_weights has None for the layer {name!r}. To leave the layer out, put "
+                f"channel_weights has None for the layer {name!r}. To exclude the layer, put "
                 "None in teacher_features."
             )
         factor = 0.5
@@ -233,38 +232,39 @@ def delta_channel_weights(
     temperature: float = 5.0,
     chunk_size: int = 1,
 ) -> PyTree:
-    r"""DELTA's channel weights: what the loss says when a filter is switched off.
+    r"""Channel weights of DELTA: the effect on the loss of setting each filter to zero.
 
     $$\omega = \mathrm{softmax}(z/5), \qquad z_c = \frac{\Delta_c - \bar\Delta}{\sigma_\Delta},
     \qquad \Delta_c = L(w \text{ with filter } c \text{ zero}) - L(w)$$
 
-    with mean and standard deviation over the filters of the layer, as in the authors' code. They
-    first train a new head on the frozen network, then measure $L$ on a few batches of the target
-    task. The cost is one forward pass for each filter and batch.
+    with mean and standard deviation over the filters of the layer, as in the authors' code. The
+    authors first train a new head on the frozen network, and then compute $L$ on a few batches of
+    the target task. The cost is one forward pass for each filter and batch.
 
     Args:
-        loss_fn: From `(params, batch)` to the loss, a scalar; in inference mode.
-        params: The parameters of the pre-trained network with a fitting head.
-        batches: What `loss_fn` takes, all of the same weight.
-        kernels: For each layer the path of its kernel in `params`, such as
-            `{"block1": "block1/conv/kernel"}`, in the structure of the features that
-            [`delta`][dtnh_jax.regularizers.delta] is given. The filters are on the kernel's last
-            axis, as in Flax.
-        temperature: What $z$ is divided by.
-        chunk_size: How many filters are switched off at once.
+        loss_fn: A function from `(params, batch)` to the scalar loss, in inference mode.
+        params: The parameters of the pre-trained network, with a head for the target task.
+        batches: An iterable of batches for `loss_fn`, weighted equally.
+        kernels: The path of the kernel in `params` for each layer, such as
+            `{"block1": "block1/conv/kernel"}`, with the structure of the features passed to
+            [`delta`][dtnh_jax.regularizers.delta]. The last axis of a kernel indexes the filters,
+            as in Flax.
+        temperature: The divisor of $z$.
+        chunk_size: The number of filters that are evaluated at once.
 
     Returns:
-        $\omega$ for each layer: the structure of `kernels`, shape `(channels,)`, in float32 or
-        the kernel's dtype. Where no filter makes a difference it is uniform.
+        $\omega$ for each layer: a tree with the structure of `kernels` and arrays of shape
+        `(channels,)`, in float32 or the dtype of the kernel. It is uniform if no filter changes
+        the loss.
 
     Raises:
-        ValueError: If a path is none of `params`, there is no batch, `temperature` is not
-            positive or `chunk_size` below one.
+        ValueError: If a path is not in `params`, there are no batches, `temperature` is not
+            positive, or `chunk_size` is less than one.
 
     Examples:
         >>> import jax.numpy as jnp
         >>> from dtnh_jax import regularizers
-        >>> params = {"kernel": jnp.array([[1.0, 0.0]])}  # the second filter does nothing
+        >>> params = {"kernel": jnp.array([[1.0, 0.0]])}  # the second filter has no effect
         >>> def loss_fn(params, batch):
         ...     return -jnp.sum(batch @ params["kernel"])
         >>> weights = regularizers.delta_channel_weights(
@@ -310,7 +310,7 @@ def delta_channel_weights(
         total = increase if total is None else jax.tree.map(jnp.add, total, increase)
         count += 1
     if not count:
-        raise ValueError("delta_channel_weights wants at least one batch; batches has none.")
+        raise ValueError("delta_channel_weights requires at least one batch; batches is empty.")
 
     def weights(total: jax.Array) -> jax.Array:
         centred = (total - jnp.mean(total)) / count
@@ -321,28 +321,29 @@ def delta_channel_weights(
 
 
 def batch_spectral_shrinkage(features: jax.Array, k: int = 1) -> jax.Array:
-    r"""Batch spectral shrinkage (BSS): takes away what a batch of features holds least of.
+    r"""Batch spectral shrinkage (BSS): penalizes the smallest singular values of the features.
 
     $$\Omega = \sum_{i=1}^{k} \sigma_{-i}^2$$
 
-    with the $k$ smallest singular values $\sigma_{-i}$ of the matrix of features, an example a
-    row. It knows of no pre-trained network: small singular values are taken for what should not be
-    transferred. The authors use $k = 1$ and the weight $10^{-3}$.
+    with the $k$ smallest singular values $\sigma_{-i}$ of the feature matrix, one row per example.
+    It does not use a pre-trained network; the assumption is that directions with small singular
+    values should not be transferred. The authors use $k = 1$ and the weight $10^{-3}$.
 
-    It is computed as $\sum_i \lVert F^\top v_i\rVert^2$ with the eigenvectors $v_i$ of the smaller
-    of $FF^\top$ and $F^\top F$ held fixed. Its gradient, $2\sum_i v_i v_i^\top F$, is that of the
-    singular values where they are distinct, and finite where they are not. Second derivatives are
-    those with the eigenvectors fixed, not those of the singular values.
+    It is computed as $\sum_i \lVert F^\top v_i\rVert^2$, where the eigenvectors $v_i$ of the
+    smaller of $FF^\top$ and $F^\top F$ are treated as constants. The gradient
+    $2\sum_i v_i v_i^\top F$ equals that of the singular values if they are distinct, and is finite
+    if they are not. Second derivatives treat the eigenvectors as constants too, and are not those
+    of the singular values.
 
     Args:
         features: $F$, shape `(n, features)`, real floating-point.
-        k: How many singular values, at most the smaller of both sizes.
+        k: The number of singular values, at most the smaller dimension of `features`.
 
     Returns:
-        A scalar, in float32 or the features' dtype.
+        A scalar, in float32 or the dtype of `features`.
 
     Raises:
-        ValueError: If `features` is no matrix, or `k` below one or too large.
+        ValueError: If `features` is not a matrix, or `k` is less than one or too large.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -358,7 +359,7 @@ def batch_spectral_shrinkage(features: jax.Array, k: int = 1) -> jax.Array:
     features = jnp.asarray(features)
     if features.ndim != 2:
         raise ValueError(
-            "batch_spectral_shrinkage wants features of shape (n, features); got "
+            "batch_spectral_shrinkage expects features of shape (n, features); got "
             f"{features.shape}. Pool or flatten feature maps first."
         )
     check_count("k", k)
@@ -377,7 +378,7 @@ def batch_spectral_shrinkage(features: jax.Array, k: int = 1) -> jax.Array:
 
 
 def _layers(student: PyTree, teacher: PyTree) -> tuple[jax.Array, list[tuple[str, Any, Any]]]:
-    """A zero to add to, and of each layer its name and both feature maps, in its wider dtype."""
+    """A zero of the result's dtype, and the name and both feature maps of each layer."""
     over = lay_over(
         teacher, student, what="teacher_features", over="student_features", one_for_many=False
     )
@@ -410,7 +411,7 @@ def _channel_axis(name: str, features: jax.Array, channel_axis: int) -> int:
     axis = channel_axis + features.ndim if channel_axis < 0 else channel_axis
     if not 0 < axis < features.ndim:
         raise ValueError(
-            "features must have an axis of channels besides the leading one of examples; "
+            "features must have a channel axis in addition to the leading axis of examples; "
             f"channel_axis={channel_axis} is none of shape {features.shape} at {name!r}."
         )
     return axis
@@ -432,6 +433,6 @@ def _per_example(x: jax.Array) -> jax.Array:
 def _place(names: list[str], path: str) -> int:
     if path not in names:
         raise ValueError(
-            f"kernels must hold paths of params; got {path!r}. There are {', '.join(names)}."
+            f"kernels must contain paths of params; got {path!r}. There are {', '.join(names)}."
         )
     return names.index(path)

@@ -1,4 +1,4 @@
-"""How much does the source task need each weight?"""
+"""The importance of each parameter for the source task."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
@@ -19,37 +19,37 @@ def fisher_diagonal(
     kind: Literal["empirical", "true"] = "empirical",
     chunk_size: int = 32,
 ) -> PyTree:
-    r"""The diagonal of the Fisher information of a classifier, estimated from batches.
+    r"""Estimates the diagonal of the Fisher information of a classifier from batches.
 
     $$F = \frac{1}{N}\sum_{i=1}^{N}\sum_y q_i(y)\,
     \bigl\lvert\nabla_w \log p(y \mid x_i, w)\bigr\rvert^2$$
 
-    The gradients are squared for each example by itself: the square of a batch's mean gradient
-    is another, smaller thing. The *empirical* Fisher has $q_i$ all on the label $y_i$. The *true*
-    one has $q_i = p(\cdot\mid x_i, w)$, the exact expectation over the network's own
-    classes: it needs no labels, and a backward pass for each class.
+    The gradients are squared for each example; the square of the mean gradient of a batch is
+    smaller. For the *empirical* Fisher, $q_i$ is one for the label $y_i$ and zero for other
+    classes. For the *true* Fisher, $q_i = p(\cdot\mid x_i, w)$ is the exact expectation over the
+    predicted classes: it needs no labels, but one backward pass for each class.
 
-    `chunk_size` gradients are in memory at once. Where the examples are sharded over devices, let
-    it and the batch size be multiples of their number.
+    `chunk_size` gradients are in memory at once. If the examples are sharded over devices,
+    `chunk_size` and the batch size should be multiples of the number of devices.
 
     Args:
-        logits_fn: From `(params, inputs)` to logits of shape `(n, classes)`, in inference mode:
-            no example may depend on another, so batch norms run on their averages. It is
-            called with one example at a time, `n = 1`.
-        params: The parameters of the *source* network, its own head included; a tree of real or
+        logits_fn: A function from `(params, inputs)` to logits of shape `(n, classes)`, in
+            inference mode: examples must not depend on each other, so batch normalization must
+            use running averages. It is called with one example at a time, `n = 1`.
+        params: The parameters of the *source* network including its own head, a tree of real or
             complex floating-point arrays.
-        batches: Pairs `(inputs, labels)`: arrays or trees of them with a leading axis of
-            examples, and integers of shape `(n,)`. `"true"` does not look at the labels.
+        batches: An iterable of pairs `(inputs, labels)`: a tree of arrays with a leading axis of
+            examples, and integers of shape `(n,)`. `"true"` ignores the labels.
         kind: `"empirical"` or `"true"`.
-        chunk_size: How many examples are differentiated at once.
+        chunk_size: The number of examples that are differentiated at once.
 
     Returns:
-        $F$, a tree with the structure and shapes of `params`, in float32 or the widest dtype of
-        the leaf. A label that is no class makes it NaN.
+        $F$, a tree with the structure and shapes of `params`, in float32 or the real dtype of
+        the leaf, whichever is wider. Labels out of range make it NaN.
 
     Raises:
-        ValueError: If `kind` is another, `chunk_size` below one, there is no example, or the
-            logits or labels have another shape.
+        ValueError: If `kind` is unknown, `chunk_size` is less than one, there are no examples, or
+            the logits or labels have a wrong shape.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -80,8 +80,8 @@ def fisher_diagonal(
         size = min(chunk_size, examples)
         chunks = examples // size
         whole, rest = chunks * size, examples % size
-        # The axis of examples is cut so that its sharded part stays where it is: chunks are
-        # taken out of the second axis.
+        # Split the axis of examples such that the sharded part remains the first axis; chunks
+        # are slices of the second.
         by_chunk = jax.tree.map(
             lambda x: x[:whole].reshape(size, chunks, *x.shape[1:]), (inputs, labels)
         )
@@ -107,7 +107,7 @@ def fisher_diagonal(
         of_batch = sum_of_batch(params, inputs, labels)
         total = of_batch if total is None else jax.tree.map(jnp.add, total, of_batch)
     if not count:
-        raise ValueError("fisher_diagonal wants at least one example; batches has none.")
+        raise ValueError("fisher_diagonal requires at least one example; batches has none.")
     return jax.tree.map(lambda t: t / jnp.asarray(count, t.dtype), total)
 
 
@@ -115,7 +115,7 @@ def _count_examples(inputs: PyTree, labels: Any) -> int:
     shapes = [x.shape for x in jax.tree.leaves(inputs)]
     if not shapes or any(not shape or shape[0] != shapes[0][0] for shape in shapes):
         raise ValueError(
-            "fisher_diagonal wants inputs with one leading axis of examples; got the shapes "
+            "fisher_diagonal expects inputs with one leading axis of examples; got the shapes "
             f"{shapes}."
         )
     examples = shapes[0][0]
@@ -123,9 +123,8 @@ def _count_examples(inputs: PyTree, labels: Any) -> int:
         labels.shape != (examples,) or not jnp.issubdtype(labels.dtype, jnp.integer)
     ):
         raise ValueError(
-            f"fisher_diagonal wants a whole number for each example as labels, shape "
-            f"({examples},); got {labels.dtype} of shape {labels.shape}. Without labels, use "
-            "kind='true'."
+            f"fisher_diagonal expects an integer label for each example, shape ({examples},); "
+            f"got {labels.dtype} of shape {labels.shape}. Without labels, use kind='true'."
         )
     return examples
 
@@ -133,7 +132,7 @@ def _count_examples(inputs: PyTree, labels: Any) -> int:
 def _squared_gradient(
     logits_fn: Callable[[PyTree, Any], jax.Array], params: PyTree, inputs: PyTree, label: Any
 ) -> PyTree:
-    """``Σ_y q(y) |∇ log p(y)|²`` of one example, all on ``label`` or, without one, ``q = p``."""
+    """``Σ_y q(y) |∇ log p(y)|²`` of one example, with ``q`` one at ``label`` or ``q = p``."""
 
     def log_probabilities(params: PyTree) -> jax.Array:
         logits = logits_fn(params, jax.tree.map(lambda x: x[None], inputs))
@@ -158,7 +157,7 @@ def _squared_gradient(
 
     classes = log_p.shape[0]
     if label is not None:
-        # NaN, not a row of zeros that nobody would see.
+        # NaN, since a row of zeros would go unnoticed.
         known = (label >= 0) & (label < classes)
         return squares(jnp.where(known, jax.nn.one_hot(label, classes, dtype=log_p.dtype), jnp.nan))
 

@@ -1,4 +1,4 @@
-"""Regularizers of what the inputs' neighbourhood does to the outputs."""
+"""Regularizers of the change of the outputs under small changes of the inputs."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -16,8 +16,8 @@ from dtnh_jax.regularizers._batch import (
 )
 from dtnh_jax.regularizers._outputs import kl_divergence
 
-# The spread of the noise that the ascent starts from, as in the code of TRADES: at the input
-# itself the divergence is least and has no gradient.
+# The standard deviation of the noise that the ascent starts from, as in the code of TRADES. At the
+# input itself the divergence is minimal and its gradient is zero.
 _START = 1e-3
 
 
@@ -33,40 +33,40 @@ def adversarial(
     bounds: tuple[float, float] | None = None,
     reduction: Reduction = "mean",
 ) -> jax.Array:
-    r"""Adversarial regularization (TRADES): the outputs withstand the worst small change.
+    r"""Adversarial regularization (TRADES): penalizes the worst change of the outputs in a ball.
 
     $$\Omega = \frac{1}{n}\sum_{i=1}^{n} \max_{\lVert\delta\rVert\le\epsilon}
     \mathrm{KL}\bigl(p(x_i)\,\Vert\,p(x_i+\delta)\bigr)$$
 
-    with $p = \mathrm{softmax}\circ\text{logits}$. The maximum is sought by projected gradient
-    ascent, from $x$ and normal noise of spread 0.001, in steps of the gradient's sign or, in the
-    2-norm, of the gradient over its norm; of the noise, where an example's gradient is zero, as
-    it is so near $x$ in bfloat16. The change that it finds is held fixed; gradients flow through
-    $p(x)$ and $p(x+\delta)$ both.
+    with $p = \mathrm{softmax}\circ\text{logits}$. The maximum is approximated by projected gradient
+    ascent from $x$ plus normal noise with standard deviation 0.001. Steps are along the sign of
+    the gradient, or along the normalized gradient for the 2-norm; along the noise for examples
+    whose gradient is zero, as can happen this close to $x$ in bfloat16. The resulting $\delta$ is
+    treated as a constant; gradients flow through both $p(x)$ and $p(x+\delta)$.
 
-    The defaults are the code of TRADES, with `bounds=(0, 1)` for images in that range; it divides
-    the sum by the batch size as `"mean"` does. Its 2-norm ascent is another. The cost is
-    `steps` forward and backward passes for the change, and two forward passes.
+    The defaults follow the code of TRADES, which uses `bounds=(0, 1)` for images in that range and
+    divides the sum by the batch size, as `"mean"` does. Its ascent for the 2-norm differs. The
+    cost is `steps` forward and backward passes for $\delta$, and two forward passes.
 
     Args:
-        logits_fn: From inputs to logits of shape `(n, classes)`; it holds the parameters. It must
-            be pure, so batch norms run on their averages.
+        logits_fn: A function from inputs to logits of shape `(n, classes)` that closes over the
+            parameters. It must be pure, so batch normalization must use running averages.
         x: The inputs, shape `(n, ...)`, real floating-point.
-        key: A random key, a new one each step.
+        key: A random key; use a new one for each step.
         epsilon: $\epsilon > 0$, the radius of the ball, in the units of `x`.
-        step_size: The length of a step of the ascent, likewise.
-        steps: How many steps.
-        norm: `"inf"`, the largest change of one number, or `"2"`, the length of an example's
-            change.
-        bounds: The least and the largest number that an input may have, or `None`.
+        step_size: The step size of the ascent, in the units of `x`.
+        steps: The number of steps.
+        norm: `"inf"` or `"2"`, the norm that defines the ball of each example.
+        bounds: The smallest and the largest allowed input value, or `None`.
         reduction: `"mean"` or `"sum"` over the examples.
 
     Returns:
         A scalar, in float32 or the logits' dtype.
 
     Raises:
-        ValueError: If `epsilon` or `step_size` is not positive, `steps` below one, `norm` or
-            `reduction` another, `x` no floating-point batch, or the logits have another shape.
+        ValueError: If `epsilon` or `step_size` is not positive, `steps` is less than one, `norm`
+            or `reduction` is unknown, `x` is not a floating-point batch, or the logits have a
+            wrong shape.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -91,7 +91,7 @@ def adversarial(
     clean = _log_probabilities(logits_fn, x)
     fixed_clean = jax.lax.stop_gradient(clean)
     frozen = _frozen(logits_fn, x)
-    # The change is kept in float32 at least: steps of a bfloat16 input would be lost.
+    # At least float32: small steps would be lost to rounding in bfloat16.
     start = jax.lax.stop_gradient(x).astype(compute_dtype(x.dtype))
     radius, length = (jnp.asarray(value, start.dtype) for value in (epsilon, step_size))
 
@@ -114,8 +114,7 @@ def adversarial(
 
     def step(_: int, change: jax.Array) -> jax.Array:
         grad = jax.grad(divergence)(change)
-        # The noise may be less than a coarse dtype resolves; without a step along it the ascent
-        # would never leave the input.
+        # In a low precision the noise can be rounded away, and the gradient is zero at the input.
         grad = jnp.where(_sizes(grad) > 0, grad, noise)
         return projected(change + length * (jnp.sign(grad) if norm == "inf" else unit(grad)))
 
@@ -133,35 +132,36 @@ def virtual_adversarial(
     steps: int = 1,
     reduction: Reduction = "mean",
 ) -> jax.Array:
-    r"""Virtual adversarial training (VAT): the outputs are smooth where they turn fastest.
+    r"""Virtual adversarial training (VAT): penalizes change in the most sensitive direction.
 
     $$\Omega = \frac{1}{n}\sum_{i=1}^{n} \mathrm{KL}\bigl(p(x_i)\,\Vert\,p(x_i + \epsilon\,u_i)
     \bigr)$$
 
-    with the unit vector $u_i$ along which the divergence curves most: the first eigenvector of
-    its second derivative at $x_i$, sought by power iteration from a random direction. $u$ is held
-    fixed, and so is $p(x)$.
+    with the unit vector $u_i$ along which the curvature of the divergence is largest: the first
+    eigenvector of its Hessian at $x_i$, approximated by power iteration from a random direction.
+    $u$ and $p(x)$ are treated as constants.
 
-    The second derivative is the input's Fisher information $J^\top(\mathrm{diag}(p) -
-    pp^\top)J$ with the Jacobian $J$ of the logits, and is applied exactly, by one forward-mode and
-    one reverse-mode derivative. Published code takes a finite difference of length
-    $\xi$ in its place, which this is the limit of for $\xi\to 0$.
+    The Hessian is the Fisher information of the input, $J^\top(\mathrm{diag}(p) - pp^\top)J$ with
+    the Jacobian $J$ of the logits. Its products with vectors are exact, from one forward-mode and
+    one reverse-mode derivative. Published code uses a finite difference of length $\xi$, whose
+    limit for $\xi\to 0$ this is.
 
     Args:
-        logits_fn: From inputs to logits of shape `(n, classes)`; it holds the parameters. It must
-            be pure, so batch norms run on their averages, and have forward-mode derivatives.
+        logits_fn: A function from inputs to logits of shape `(n, classes)` that closes over the
+            parameters. It must be pure, so batch normalization must use running averages, and it
+            must support forward-mode differentiation.
         x: The inputs, shape `(n, ...)`, real floating-point.
-        key: A random key, a new one each step.
-        epsilon: $\epsilon > 0$, the length of an example's change, in the units of `x`.
-        steps: How many power iterations.
+        key: A random key; use a new one for each step.
+        epsilon: $\epsilon > 0$, the length of the change of each example, in the units of `x`.
+        steps: The number of power iterations.
         reduction: `"mean"` or `"sum"` over the examples.
 
     Returns:
         A scalar, in float32 or the logits' dtype.
 
     Raises:
-        ValueError: If `epsilon` is not positive, `steps` below one, `reduction` another, `x` no
-            floating-point batch, or the logits have another shape.
+        ValueError: If `epsilon` is not positive, `steps` is less than one, `reduction` is unknown,
+            `x` is not a floating-point batch, or the logits have a wrong shape.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -190,12 +190,12 @@ def virtual_adversarial(
         return _log_probabilities(frozen, x)
 
     def step(_: int, direction: jax.Array) -> jax.Array:
-        # With logarithms of probabilities, p·(their tangent) is (diag(p) - ppᵀ)·(that of the
-        # logits), and the pull-back of a vector that sums to zero is that of the logits.
+        # For log-probabilities, p·(their tangent) is (diag(p) - ppᵀ)·(tangent of the logits), and
+        # the VJP of a vector that sums to zero equals that of the logits.
         _, tangent = jax.jvp(log_probabilities, (start,), (direction.astype(x.dtype),))
         (turned,) = jax.vjp(log_probabilities, start)[1](p * tangent)
         turned = turned.astype(direction.dtype)
-        # Where the outputs do not turn at all, any direction will do.
+        # If the outputs do not change at all, keep the direction.
         return jnp.where(_sizes(turned) > 0, unit(turned), direction)
 
     direction = unit(jax.random.normal(key, x.shape, compute_dtype(x.dtype)))
@@ -208,7 +208,7 @@ def _batch(what: str, x: jax.Array) -> jax.Array:
     x = jnp.asarray(x)
     if not x.ndim or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
-            f"{what} wants floating-point inputs with a leading axis of examples; got {x.dtype} "
+            f"{what} expects floating-point inputs with a leading axis of examples; got {x.dtype} "
             f"of shape {x.shape}."
         )
     return x
@@ -217,7 +217,7 @@ def _batch(what: str, x: jax.Array) -> jax.Array:
 def _frozen(
     logits_fn: Callable[[jax.Array], jax.Array], x: jax.Array
 ) -> Callable[[jax.Array], jax.Array]:
-    """``logits_fn`` without derivatives by what it holds, so that no search is differentiated."""
+    """``logits_fn`` with its closed-over values as constants, so the search has no gradient."""
     pure, held = jax.closure_convert(logits_fn, x)
     held = jax.lax.stop_gradient(held)
     return lambda x: pure(x, *held)
@@ -234,12 +234,12 @@ def _log_probabilities(logits_fn: Callable[[jax.Array], jax.Array], x: jax.Array
 
 
 def _moved(x: jax.Array, change: jax.Array) -> jax.Array:
-    """``x + change``, added in the wider dtype; derivatives by ``x`` pass, by the change not."""
+    """``x + change``, added in the wider dtype, with no gradient with respect to ``change``."""
     return (x.astype(change.dtype) + jax.lax.stop_gradient(change)).astype(x.dtype)
 
 
 def _sizes(x: jax.Array) -> jax.Array:
-    # The 2-norm of each example, by way of its largest number, so that no square underflows.
+    # The 2-norm of each example, relative to its largest element, so that squares do not underflow.
     axes = tuple(range(1, x.ndim))
     largest = jnp.max(jnp.abs(x), axis=axes, keepdims=True)
     squares = jnp.sum(jnp.square(ratio(x, largest)), axis=axes, keepdims=True)

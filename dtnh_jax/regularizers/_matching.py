@@ -1,4 +1,4 @@
-"""Which leaves have a pre-trained value?"""
+"""Matching of pre-trained parameters to those of a network."""
 
 import fnmatch
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ LABELS = ("shared", "new", "excluded")
 
 
 class MatchReport(NamedTuple):
-    """What became of each leaf; printed, one line for each.
+    """How each leaf was matched; `print` shows one line for each leaf.
 
     Attributes:
-        shared: The paths of the leaves that have a pre-trained value.
-        new: Those of the leaves that have none, such as a new head.
-        excluded: Those of the leaves that the regularizer is kept from.
-        unused: Those of the pre-trained leaves that have no counterpart.
+        shared: Paths of the leaves with a pre-trained value.
+        new: Paths of the leaves without one, such as a new head.
+        excluded: Paths of the leaves that are excluded from the regularizer.
+        unused: Paths of the pre-trained leaves without a counterpart.
 
     Examples:
         >>> from dtnh_jax import regularizers
@@ -46,13 +46,13 @@ class MatchReport(NamedTuple):
 
 
 class Match(NamedTuple):
-    """Pre-trained parameters laid over those of the network that is fine-tuned.
+    """Pre-trained parameters, matched to those of the fine-tuned network.
 
     Attributes:
-        pretrained: A tree with the structure of params: the pre-trained leaves, unchanged, and
-            `None` at those that are new, or excluded and without a counterpart.
-        mask: A tree with the structure of params: `False` at the excluded leaves.
-        report: Which leaf is which, a [`MatchReport`][dtnh_jax.regularizers.MatchReport].
+        pretrained: A tree with the structure of params: the pre-trained leaves, and `None` for
+            leaves that are new, or excluded without a counterpart.
+        mask: A tree of booleans with the structure of params, `False` for excluded leaves.
+        report: A [`MatchReport`][dtnh_jax.regularizers.MatchReport] of how each leaf was matched.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -76,36 +76,36 @@ def match_pretrained(
     excluded: str | Sequence[str] = (),
     labels: PyTree = None,
 ) -> Match:
-    r"""Lays pre-trained parameters over those of a network, by path, and tells what matched.
+    r"""Matches pre-trained parameters to those of a network by path.
 
     $$\text{params} = \underbrace{\text{shared}}_{w_0 \text{ of the same path}} \,\cup\,
     \text{new} \,\cup\, \text{excluded}$$
 
-    Nothing is left to chance: a leaf without a counterpart, of another shape, or that the new
-    network lacks is an error, unless a pattern says that it is meant. The error lists them all.
+    A leaf without a counterpart, with another shape, or that exists only in `pretrained` is an
+    error unless a pattern declares it. The error message lists all such leaves.
 
-    A pattern is a glob, as in a shell, on the leaf's path or on that of a subtree that holds it:
-    `"head"` and `"head/*"` take `head/kernel`, `"*/bias"` takes every bias but one at the root.
-    The `*` goes over any number of levels.
+    A pattern is a shell-style glob on the path of the leaf or of a subtree that contains it:
+    `"head"` and `"head/*"` match `head/kernel`, and `"*/bias"` matches every bias except one at
+    the root. `*` matches any number of levels.
 
     Args:
-        params: The parameters of the network that is fine-tuned.
-        pretrained: Those of the pre-trained network; the containers may be of other types.
-        new: Patterns of leaves that have no pre-trained value, even where `pretrained` has a
-            leaf of that path: L2-SP's $\beta$ holds them.
-        excluded: Patterns of leaves that no regularizer of the weights is to touch, such as
-            `"*/bias"`. They need no counterpart; one that is there must have the right shape. A
-            leaf that is also `new` gets no pre-trained value and is excluded.
-        labels: In the place of patterns a tree of `"shared"`, `"new"` and `"excluded"` over
-            `params`, in which one may stand for a subtree.
+        params: The parameters of the fine-tuned network.
+        pretrained: The parameters of the pre-trained network; container types may differ.
+        new: Patterns of leaves without a pre-trained value, even if `pretrained` has a leaf at
+            that path. L2-SP regularizes them with $\beta$.
+        excluded: Patterns of leaves to exclude from regularizers of the weights, such as
+            `"*/bias"`. They need no counterpart; if there is one, it must have the same shape. A
+            leaf that is also `new` has no pre-trained value and is excluded.
+        labels: An alternative to patterns: a tree of `"shared"`, `"new"` and `"excluded"` that is
+            a prefix of `params`.
 
     Returns:
         A [`Match`][dtnh_jax.regularizers.Match]: `pretrained` and `mask` for the regularizers of
         the weights, and a report.
 
     Raises:
-        ValueError: If leaves do not match, listed with their paths; if a pattern meets no leaf;
-            if labels and patterns are both given, or a label is another.
+        ValueError: If leaves do not match (the message lists their paths), if a pattern matches no
+            leaf, if both labels and patterns are given, or if a label is unknown.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -143,7 +143,9 @@ def match_pretrained(
         ]
     else:
         if patterns["new"] or patterns["excluded"]:
-            raise ValueError("match_pretrained takes patterns, new= and excluded=, or labels=.")
+            raise ValueError(
+                "match_pretrained takes either patterns, new= and excluded=, or labels=, not both."
+            )
         kinds = [{label} for label in _labels_of(params, paths, labels)]
     sources = {
         path: leaf
@@ -181,9 +183,9 @@ def match_pretrained(
     idle = [repr(g) for g in globs if not any(_takes(g, path) for path in (*paths, *sources))]
     problems = {
         "without a pre-trained value": missing,
-        "pre-trained, but not in params": spare,
-        "of another shape in pretrained": misshaped,
-        "patterns that meet no leaf": idle,
+        "only in pretrained": spare,
+        "with another shape in pretrained": misshaped,
+        "patterns that match no leaf": idle,
     }
     if any(problems.values()):
         listed = "\n".join(
@@ -191,8 +193,8 @@ def match_pretrained(
         )
         raise ValueError(
             f"pretrained does not match params:\n{listed}\n"
-            "Leaves that are meant to have no counterpart are named by new= (L2-SP's beta holds "
-            "them) or excluded= (nothing does), as in new=('head',)."
+            "Declare leaves without a counterpart by new= (L2-SP regularizes them with beta) or "
+            "excluded= (they are not regularized), as in new=('head',)."
         )
     treedef = jax.tree.structure(params, is_leaf=is_absent)
     report = MatchReport(**{name: tuple(names) for name, names in parts.items()})
@@ -210,7 +212,7 @@ def _labels_of(params: PyTree, paths: list[tuple[str, ...]], labels: PyTree) -> 
     for path, leaf, label in zip(paths, leaves_of(params), found, strict=True):
         if label not in LABELS and not is_absent(leaf):
             raise ValueError(
-                f"labels must hold 'shared', 'new' or 'excluded'; got {label!r} at "
+                f"labels must be 'shared', 'new' or 'excluded'; got {label!r} at "
                 f"{path_name(path)!r}."
             )
     return found

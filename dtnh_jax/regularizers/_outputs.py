@@ -1,4 +1,4 @@
-"""Regularizers of the outputs."""
+"""Regularizers of outputs."""
 
 import jax
 import jax.numpy as jnp
@@ -15,31 +15,32 @@ def distillation(
     t_squared: bool = True,
     reduction: Reduction = "mean",
 ) -> jax.Array:
-    r"""Knowledge distillation: keeps the outputs near the pre-trained network's.
+    r"""Knowledge distillation: keeps the outputs close to those of the pre-trained network.
 
     $$\Omega = T^2\,\frac{1}{n}\sum_{i=1}^{n}
     \mathrm{KL}\bigl(\mathrm{softmax}(t_i/T)\,\Vert\,\mathrm{softmax}(s_i/T)\bigr)$$
 
-    with student logits $s$, teacher logits $t$ and temperature $T$: the sum over classes, the
-    mean over everything else. The factor $T^2$ keeps the size of the gradient when $T$ grows,
-    as Hinton et al. advise. `t_squared=False` leaves it out, as tllib's code does, and is weaker
-    by $T^2$. The default `reduction` is PyTorch's `KLDivLoss(reduction="batchmean")` for logits
-    of shape `(n, classes)`; its `"mean"` divides by the number of classes too.
+    with student logits $s$, teacher logits $t$ and temperature $T$: the sum over classes and the
+    mean over all other axes. The factor $T^2$ keeps the magnitude of the gradient about constant
+    in $T$, as recommended by Hinton et al. `t_squared=False` omits it, as tllib does, which is
+    smaller by a factor of $T^2$. The default `reduction` equals PyTorch's
+    `KLDivLoss(reduction="batchmean")` for logits of shape `(n, classes)`; PyTorch's `"mean"` also
+    divides by the number of classes.
 
     Args:
         student_logits: $s$, shape `(..., classes)`, real floating-point.
-        teacher_logits: $t$, likewise. No gradient is stopped: compute them outside the
-            objective, or wrap them in `jax.lax.stop_gradient`.
-        temperature: $T > 0$, in the units of the logits.
+        teacher_logits: $t$, with the same shape. Gradients flow through them: compute them outside
+            the objective, or wrap them in `jax.lax.stop_gradient`.
+        temperature: $T > 0$.
         t_squared: Whether to multiply by $T^2$.
-        reduction: `"mean"` or `"sum"` over the examples, that is all axes but the last.
+        reduction: `"mean"` or `"sum"` over the examples, that is, over all axes but the last.
 
     Returns:
         A scalar, in float32 or the widest dtype of the logits.
 
     Raises:
         ValueError: If the shapes differ or have no class axis, $T \le 0$, or `reduction` is
-            another.
+            unknown.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -68,23 +69,24 @@ def distillation(
 def logit_matching(
     student_logits: jax.Array, teacher_logits: jax.Array, *, reduction: Reduction = "mean"
 ) -> jax.Array:
-    r"""Logit matching: keeps the logits themselves near the pre-trained network's.
+    r"""Logit matching: keeps the logits close to those of the pre-trained network.
 
     $$\Omega = \frac{1}{n}\sum_{i=1}^{n} \tfrac{1}{2}\lVert s_i - t_i\rVert^2$$
 
-    For logits of mean zero it is the limit of [`distillation`][dtnh_jax.regularizers.distillation]
-    with $T^2$ at high temperature, times the number of classes.
+    For logits with mean zero it is the limit of
+    [`distillation`][dtnh_jax.regularizers.distillation] with $T^2$ for high temperatures, times
+    the number of classes.
 
     Args:
         student_logits: $s$, shape `(..., classes)`, real floating-point.
-        teacher_logits: $t$, likewise. No gradient is stopped.
+        teacher_logits: $t$, with the same shape. Gradients flow through them.
         reduction: `"mean"`, as in the paper, or `"sum"` over the examples.
 
     Returns:
         A scalar, in float32 or the widest dtype of the logits.
 
     Raises:
-        ValueError: If the shapes differ or have no class axis, or `reduction` is another.
+        ValueError: If the shapes differ or have no class axis, or `reduction` is unknown.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -105,27 +107,27 @@ def logit_matching(
 def label_smoothing(
     student_logits: jax.Array, teacher_logits: jax.Array, *, reduction: Reduction = "mean"
 ) -> jax.Array:
-    r"""Label smoothing towards the teacher: the cross-entropy against its probabilities.
+    r"""Label smoothing with a teacher: the cross-entropy with the teacher's probabilities.
 
     $$\Omega = -\frac{1}{n}\sum_{i=1}^{n}\sum_y \mathrm{softmax}(t_i)_y\,
     \log\mathrm{softmax}(s_i)_y$$
 
-    Training on labels that are smoothed by $\varepsilon$, $(1-\varepsilon)\,e_y +
-    \varepsilon\,\mathrm{softmax}(t)$, is training on $(1-\varepsilon)\,L + \varepsilon\,\Omega$.
-    Teacher logits of zero give the uniform smoothing of Szegedy et al. It is
-    [`distillation`][dtnh_jax.regularizers.distillation] at $T = 1$ plus the teacher's entropy, so
-    by the student they have the same gradient; it is not zero where the two agree.
+    Training on smoothed labels $(1-\varepsilon)\,e_y + \varepsilon\,\mathrm{softmax}(t)$ is
+    training on $(1-\varepsilon)\,L + \varepsilon\,\Omega$. Teacher logits of zero give the uniform
+    smoothing of Szegedy et al. $\Omega$ is [`distillation`][dtnh_jax.regularizers.distillation]
+    with $T = 1$ plus the entropy of the teacher, so the gradients with respect to the student are
+    equal, but its value is not zero where the two agree.
 
     Args:
         student_logits: $s$, shape `(..., classes)`, real floating-point.
-        teacher_logits: $t$, likewise. No gradient is stopped.
+        teacher_logits: $t$, with the same shape. Gradients flow through them.
         reduction: `"mean"` or `"sum"` over the examples.
 
     Returns:
         A scalar, in float32 or the widest dtype of the logits.
 
     Raises:
-        ValueError: If the shapes differ or have no class axis, or `reduction` is another.
+        ValueError: If the shapes differ or have no class axis, or `reduction` is unknown.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -151,28 +153,28 @@ def co_tuning(
     *,
     reduction: Reduction = "mean",
 ) -> jax.Array:
-    r"""Co-Tuning: keeps the pre-trained head in use, on the source classes that the label means.
+    r"""Co-Tuning: trains the pre-trained head on the source classes related to the label.
 
     $$\Omega = -\frac{1}{n}\sum_{i=1}^{n}\sum_{y_s} p(y_s \mid y_t = y_i)\,
     \log\mathrm{softmax}(z_i)_{y_s}$$
 
-    with the logits $z$ of the *source* head on the features that are fine-tuned.
+    with the logits $z$ of the *source* head, computed from the fine-tuned features.
 
     Args:
         source_head_logits: $z$, shape `(..., source classes)`, real floating-point.
-        labels: The target labels $y_t$, whole numbers of shape `(...)`.
+        labels: The target labels $y_t$, integers of shape `(...)`.
         relationship: $p(y_s \mid y_t)$, shape `(target classes, source classes)`, each row a
             distribution; [`co_tuning_relationship`][dtnh_jax.regularizers.co_tuning_relationship]
             estimates it.
         reduction: `"mean"`, as in the authors' code, or `"sum"` over the examples.
 
     Returns:
-        A scalar, in float32 or the widest dtype of the logits and the relationship. A label that
-        is no row of `relationship` makes it NaN.
+        A scalar, in float32 or the widest dtype of the logits and the relationship. Labels out of
+        range make it NaN.
 
     Raises:
-        ValueError: If the shapes do not fit, the labels are no whole numbers, or `reduction` is
-            another.
+        ValueError: If the shapes do not match, the labels are not integers, or `reduction` is
+            unknown.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -190,8 +192,8 @@ def co_tuning(
     _check_labels("co_tuning", logits, labels)
     if rows.ndim != 2 or rows.shape[1] != logits.shape[-1]:
         raise ValueError(
-            f"co_tuning wants a relationship of shape (target classes, {logits.shape[-1]}), a row "
-            f"for each target class; got {rows.shape}."
+            f"co_tuning expects a relationship of shape (target classes, {logits.shape[-1]}); got "
+            f"{rows.shape}."
         )
     dtype = compute_dtype(logits.dtype, rows.dtype)
     targets = rows.astype(dtype).at[labels].get(mode="fill", fill_value=jnp.nan)
@@ -201,28 +203,28 @@ def co_tuning(
 def co_tuning_relationship(
     source_logits: jax.Array, labels: jax.Array, n_classes: int
 ) -> jax.Array:
-    r"""What the target classes look like to the pre-trained network: Co-Tuning's relationship.
+    r"""The relationship of Co-Tuning: the mean source prediction for each target class.
 
     $$p(y_s \mid y_t = c) = \frac{1}{n_c}\sum_{i:\,y_i = c} \mathrm{softmax}(z_i)$$
 
-    with the logits $z$ of the pre-trained network on the target task's training set. This is the
-    paper's *direct* estimate. Its *reverse* one, by a calibrated logistic regression from source
-    probabilities to target classes and Bayes' rule, is not here. The authors' code divides the
-    logits by a temperature found by calibration on the source task; do so before, if you have one.
+    with the logits $z$ of the pre-trained network on the training set of the target task. This is
+    the paper's *direct* estimate. The *reverse* estimate, from a calibrated logistic regression
+    and Bayes' rule, is not implemented. The authors' code first divides the logits by a
+    temperature, calibrated on the source task.
 
     Args:
         source_logits: $z$, shape `(n, source classes)`, real floating-point.
-        labels: The target labels, whole numbers of shape `(n,)`. One that is no class is passed
-            over.
+        labels: The target labels, integers of shape `(n,)`. Labels out of range are ignored.
         n_classes: The number of target classes.
 
     Returns:
-        Shape `(n_classes, source classes)`, each row a distribution, in float32 or the logits'
-        dtype. A class without examples has a row of zeros, which regularizes nothing.
+        An array of shape `(n_classes, source classes)` whose rows are distributions, in float32 or
+        the dtype of the logits. A class without examples has a row of zeros, which disables
+        the regularizer for it.
 
     Raises:
-        ValueError: If the shapes do not fit, the labels are no whole numbers, or `n_classes` is
-            below one.
+        ValueError: If the shapes do not match, the labels are not integers, or `n_classes` is less
+            than one.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -236,12 +238,13 @@ def co_tuning_relationship(
         You, Kou, Long, Wang, *Co-Tuning for Transfer Learning*, NeurIPS 2020.
     """
     if isinstance(n_classes, bool) or n_classes < 1:
-        raise ValueError(f"n_classes must be a whole number >= 1; got {n_classes!r}.")
+        raise ValueError(f"n_classes must be an integer >= 1; got {n_classes!r}.")
     logits, labels = jnp.asarray(source_logits), jnp.asarray(labels)
     _check_labels("co_tuning_relationship", logits, labels)
     if logits.ndim != 2:
         raise ValueError(
-            f"co_tuning_relationship wants logits of shape (n, source classes); got {logits.shape}."
+            "co_tuning_relationship expects logits of shape (n, source classes); got "
+            f"{logits.shape}."
         )
     dtype = compute_dtype(logits.dtype)
     members = jax.nn.one_hot(labels, n_classes, dtype=dtype, axis=0)
@@ -251,9 +254,9 @@ def co_tuning_relationship(
 
 
 def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
-    """``KL(p ‖ q)`` over the last axis, from the logarithms."""
+    """``KL(p ‖ q)`` over the last axis, from log-probabilities."""
     p = jnp.exp(log_p)
-    # A class that p rules out adds nothing, even where its logarithm is -inf.
+    # A class with p = 0 contributes zero, even if its logarithm is -inf.
     return jnp.sum(p * jnp.where(p > 0, log_p - log_q, 0), axis=-1)
 
 
@@ -262,11 +265,11 @@ def _cross_entropy(p: jax.Array, log_q: jax.Array) -> jax.Array:
 
 
 def _logits(what: str, student: jax.Array, teacher: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both in the dtype to compute in."""
+    """Both logits, in the dtype of the computation."""
     student, teacher = jnp.asarray(student), jnp.asarray(teacher)
     if student.shape != teacher.shape or not student.ndim:
         raise ValueError(
-            f"{what} wants logits of the same shape (..., classes) from student and "
+            f"{what} expects logits of the same shape (..., classes) from student and "
             f"teacher; got {student.shape} and {teacher.shape}."
         )
     dtype = compute_dtype(student.dtype, teacher.dtype)
@@ -276,10 +279,8 @@ def _logits(what: str, student: jax.Array, teacher: jax.Array) -> tuple[jax.Arra
 def _check_labels(what: str, logits: jax.Array, labels: jax.Array) -> None:
     if not logits.ndim or labels.shape != logits.shape[:-1]:
         raise ValueError(
-            f"{what} wants logits of shape (..., classes) and labels of shape (...); got "
+            f"{what} expects logits of shape (..., classes) and labels of shape (...); got "
             f"{logits.shape} and {labels.shape}."
         )
     if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise ValueError(
-            f"{what} wants whole numbers as labels, not probabilities; got {labels.dtype}."
-        )
+        raise ValueError(f"{what} expects integer labels, not probabilities; got {labels.dtype}.")

@@ -14,24 +14,24 @@ from dtnh_jax._tree import PyTree, check_same_shape, is_absent, lay_over, leaf_n
 
 
 def l2(params: PyTree, *, mask: Mask = None) -> jax.Array:
-    r"""L2: keeps weights near zero, the baseline that knows of no pre-trained network.
+    r"""L2 regularization: pulls weights towards zero, a baseline without a pre-trained network.
 
     $$\Omega(w) = \frac{1}{2}\sum\lVert w\rVert^2$$
 
-    Its gradient is $w$: as a term of the loss under SGD it is the weight decay of PyTorch's
-    `SGD`, with the same weight.
+    Its gradient is $w$. As a term of the loss with SGD it equals the weight decay of PyTorch's
+    `SGD` with the same weight.
 
     Args:
         params: The parameters $w$, a tree of real or complex floating-point arrays.
-        mask: `None`, or a tree of booleans, in which one may stand for a subtree, or a function
-            from `params` to it. `False` leaves a leaf out, such as biases and norm scales.
+        mask: `None`, or a tree of booleans, a prefix of `params`, or a function from `params` to
+            such a tree. `False` excludes a leaf, such as biases and normalization scales.
 
     Returns:
         A scalar, in float32 or the widest dtype of `params`.
 
     Raises:
         ValueError: If the mask does not match `params`.
-        TypeError: If an entry of the mask is no boolean.
+        TypeError: If an entry of the mask is not a boolean.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -59,14 +59,14 @@ def l2_gradient(params: PyTree, *, mask: Mask = None) -> PyTree:
 
     Args:
         params: As in [`l2`][dtnh_jax.regularizers.l2].
-        mask: Likewise.
+        mask: As in [`l2`][dtnh_jax.regularizers.l2].
 
     Returns:
         A tree with the structure, shapes and dtypes of `params`; `None` where `mask` is `False`.
 
     Raises:
         ValueError: As [`l2`][dtnh_jax.regularizers.l2] does.
-        TypeError: Likewise.
+        TypeError: As [`l2`][dtnh_jax.regularizers.l2] does.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -94,36 +94,37 @@ def l2_sp(
     beta: float = 0.0,
     mask: Mask = None,
 ) -> jax.Array:
-    r"""L2-SP: keeps weights near their pre-trained values, the starting point.
+    r"""L2-SP: pulls weights towards their pre-trained values, the starting point.
 
     $$\Omega(w) = \frac{\alpha}{2}\sum_{\text{shared}}\lVert w - w_0\rVert^2
     + \frac{\beta}{2}\sum_{\text{new}}\lVert w\rVert^2$$
 
     A leaf is *new* where `pretrained` has `None`, and *shared* elsewhere. The gradient is
-    $\alpha (w - w_0)$ and $\beta w$: zero, not NaN, at $w = w_0$. With `beta=0` the new leaves
-    are out of the regularizer's reach, which keeps a new head out of the rule's groups.
+    $\alpha (w - w_0)$ for shared and $\beta w$ for new leaves; at $w = w_0$ it is zero, not NaN.
+    With `beta=0` the regularizer does not depend on new leaves, so a new head is in no group of
+    the rule.
 
-    The rule multiplies the whole by `reg_weight`. The weights of Li et al. (their code:
-    0.1 shared, 0.01 new; biases and norm scales left out, by `mask`) are
-    `reg_weight=0.1, beta=0.1`; those of DELTA's code and of tllib (0.01 both, every parameter)
-    are `reg_weight=0.01, beta=1`.
+    The rule multiplies the result by `reg_weight`. The weights in the code of Li et al. (0.1
+    shared, 0.01 new, without biases and normalization scales) are `reg_weight=0.1, beta=0.1` with
+    a `mask`; those in DELTA's code and in tllib (0.01 for both, all parameters) are
+    `reg_weight=0.01, beta=1`.
 
     Args:
         params: The parameters $w$, a tree of real or complex floating-point arrays.
         pretrained: The pre-trained parameters $w_0$, with the structure and shapes of
-            `params`; `None` in the place of a leaf or a subtree that has none.
+            `params`; `None` in place of a leaf or a subtree without pre-trained values.
         alpha: $\alpha$, the weight of the shared leaves.
         beta: $\beta$, the weight of the new leaves.
-        mask: `None`, or a tree of booleans, in which one may stand for a subtree, or a function
-            from `params` to it. `False` leaves a leaf out of both sums, such as biases and norm
+        mask: `None`, or a tree of booleans, a prefix of `params`, or a function from `params` to
+            such a tree. `False` excludes a leaf from both sums, such as biases and normalization
             scales.
 
     Returns:
         A scalar, in float32 or the widest dtype of `params`.
 
     Raises:
-        ValueError: If the trees or shapes do not match; the leaf is named.
-        TypeError: If an entry of the mask is no boolean.
+        ValueError: If the trees or shapes do not match; the message names the leaf.
+        TypeError: If an entry of the mask is not a boolean.
 
     Examples:
         >>> import jax, jax.numpy as jnp
@@ -154,23 +155,23 @@ def l2_sp_gradient(
 
     $$\nabla\Omega(w) = \alpha\,(w - w_0) \text{ (shared)}, \qquad \beta\,w \text{ (new)}$$
 
-    No backward pass is spent on it, and it may stand for `reg_grads` in a pair. For complex
-    leaves it is what `jax.grad` returns, the conjugate.
+    It needs no backward pass, and can be used as `reg_grads` of a pair. For complex leaves it is
+    the conjugate, as returned by `jax.grad`.
 
     Args:
         params: As in [`l2_sp`][dtnh_jax.regularizers.l2_sp].
-        pretrained: Likewise.
-        alpha: Likewise.
-        beta: Likewise.
-        mask: Likewise.
+        pretrained: As in [`l2_sp`][dtnh_jax.regularizers.l2_sp].
+        alpha: As in [`l2_sp`][dtnh_jax.regularizers.l2_sp].
+        beta: As in [`l2_sp`][dtnh_jax.regularizers.l2_sp].
+        mask: As in [`l2_sp`][dtnh_jax.regularizers.l2_sp].
 
     Returns:
         A tree with the structure, shapes and dtypes of `params`; `None` where the regularizer
-        does not reach: left out by `mask`, or of weight zero, as new leaves are by default.
+        does not apply: excluded by `mask`, or with weight zero, as new leaves by default.
 
     Raises:
         ValueError: As [`l2_sp`][dtnh_jax.regularizers.l2_sp] does.
-        TypeError: Likewise.
+        TypeError: As [`l2_sp`][dtnh_jax.regularizers.l2_sp] does.
 
     Examples:
         >>> import jax, jax.numpy as jnp, dtnh_jax
@@ -199,7 +200,7 @@ def l2_sp_fisher(
     epsilon: float = 0.0,
     mask: Mask = None,
 ) -> jax.Array:
-    r"""L2-SP-Fisher: L2-SP in which each weight is held as firmly as the source task needs it.
+    r"""L2-SP-Fisher: L2-SP weighted by the importance of each parameter for the source task.
 
     $$\Omega(w) = \frac{\alpha}{2}\sum_{\text{shared}} (F + \varepsilon)\,\lvert w - w_0\rvert^2
     + \frac{\beta}{2}\sum_{\text{new}}\lVert w\rVert^2$$
@@ -210,21 +211,21 @@ def l2_sp_fisher(
 
     Args:
         params: As in [`l2_sp`][dtnh_jax.regularizers.l2_sp].
-        pretrained: Likewise.
-        fisher: $F$, real, with the structure and shapes of `params`; `None` where there is none,
-            which only new and left-out leaves may have.
+        pretrained: As in [`l2_sp`][dtnh_jax.regularizers.l2_sp].
+        fisher: $F$, real, with the structure and shapes of `params`. It may be `None` for new and
+            for excluded leaves.
         alpha: $\alpha$, the weight of the shared leaves.
         beta: $\beta$, the weight of the new leaves.
-        epsilon: $\varepsilon$, added to $F$, so that a weight that the source task does not need
-            is still held a little.
+        epsilon: $\varepsilon$, added to $F$, so that parameters that are unimportant for the source
+            task are regularized too.
         mask: As in [`l2_sp`][dtnh_jax.regularizers.l2_sp].
 
     Returns:
         A scalar, in float32 or the widest dtype of `params`.
 
     Raises:
-        ValueError: If the trees or shapes do not match; the leaf is named.
-        TypeError: If an entry of the mask is no boolean.
+        ValueError: If the trees or shapes do not match; the message names the leaf.
+        TypeError: If an entry of the mask is not a boolean.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -258,20 +259,20 @@ def l2_sp_fisher_gradient(
 
     Args:
         params: As in [`l2_sp_fisher`][dtnh_jax.regularizers.l2_sp_fisher].
-        pretrained: Likewise.
-        fisher: Likewise.
-        alpha: Likewise.
-        beta: Likewise.
-        epsilon: Likewise.
-        mask: Likewise.
+        pretrained: As in [`l2_sp_fisher`][dtnh_jax.regularizers.l2_sp_fisher].
+        fisher: As in [`l2_sp_fisher`][dtnh_jax.regularizers.l2_sp_fisher].
+        alpha: As in [`l2_sp_fisher`][dtnh_jax.regularizers.l2_sp_fisher].
+        beta: As in [`l2_sp_fisher`][dtnh_jax.regularizers.l2_sp_fisher].
+        epsilon: As in [`l2_sp_fisher`][dtnh_jax.regularizers.l2_sp_fisher].
+        mask: As in [`l2_sp_fisher`][dtnh_jax.regularizers.l2_sp_fisher].
 
     Returns:
         A tree with the structure, shapes and dtypes of `params`; `None` where the regularizer
-        does not reach, as from [`l2_sp_gradient`][dtnh_jax.regularizers.l2_sp_gradient].
+        does not apply, as in [`l2_sp_gradient`][dtnh_jax.regularizers.l2_sp_gradient].
 
     Raises:
         ValueError: As [`l2_sp_fisher`][dtnh_jax.regularizers.l2_sp_fisher] does.
-        TypeError: Likewise.
+        TypeError: As [`l2_sp_fisher`][dtnh_jax.regularizers.l2_sp_fisher] does.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -306,7 +307,7 @@ def _l2_sp_terms(
         leaf_names(params), leaves_of(params), starts, reached(params, mask), strict=True
     ):
         factor = beta if is_absent(start) else alpha
-        # A weight of zero drops the term from the graph, so that the leaf is not reached at all.
+        # A term with weight zero is omitted, so that the result does not depend on the leaf.
         if not kept or not (isinstance(factor, Tracer) or factor != 0):
             terms.append(None)
             continue
@@ -337,7 +338,7 @@ def _fisher_terms(
         if is_absent(of_leaf):
             raise ValueError(
                 f"fisher must have a leaf wherever pretrained has one; got None at {name!r}. "
-                "Leave that leaf out by mask=, or put None in pretrained too."
+                "Exclude that leaf by mask=, or put None in pretrained too."
             )
         if np.shape(of_leaf) != np.shape(term.weight):
             raise ValueError(
@@ -368,7 +369,7 @@ def _value(params: PyTree, terms: list[_Term | None]) -> jax.Array:
         if term is None:
             continue
         difference = _difference(term, dtype)
-        # The squares themselves: norm(w - w0)**2 has a NaN gradient at w = w0.
+        # Sum of squares, since norm(w - w0)**2 has a NaN gradient at w = w0.
         squares = jnp.square(jnp.real(difference))
         if jnp.iscomplexobj(difference):
             squares = squares + jnp.square(jnp.imag(difference))

@@ -1,1 +1,1 @@
-"""What two examples need."""
+"""Modules that are shared by the examples."""

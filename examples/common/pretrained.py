@@ -1,4 +1,4 @@
-"""Pre-trained ResNets from safetensors files and the Hugging Face hub, and back into a file."""
+"""Loads pre-trained ResNets from safetensors files and the Hugging Face hub, and saves them."""
 
 import dataclasses
 import json
@@ -24,13 +24,13 @@ LeafPath = tuple[str, ...]
 
 
 class Pretrained(NamedTuple):
-    """A network, and what is known of it.
+    """A pre-trained network.
 
     Attributes:
-        config: The network, to be computed in float32.
-        network: Its arrays, with the head that it was trained with.
-        metadata: ``architecture``, ``n_classes``, and what the file's header says. Beside them,
-            where a ``config.json`` tells, ``class_names``, ``image_size``, ``mean`` and ``std``,
+        config: The network, in float32.
+        network: Its arrays, with its own head.
+        metadata: ``architecture``, ``n_classes`` and the header of the file; and, if a
+            ``config.json`` contains them, ``class_names``, ``image_size``, ``mean`` and ``std``,
             in JSON.
     """
 
@@ -40,24 +40,24 @@ class Pretrained(NamedTuple):
 
 
 def load(name_or_path: str, *, revision: str | None = None) -> Pretrained:
-    """Loads a ResNet, all of it or nothing.
+    """Loads a ResNet.
 
-    Its keys are those of torchvision and timm, of Hugging Face transformers, or of
-    akamaster/pytorch_resnet_cifar10, and the architecture is inferred from them. A network that
-    is not computed here to the letter is refused.
+    The architecture is inferred from the keys, which are those of torchvision and timm, of Hugging
+    Face transformers, or of akamaster/pytorch_resnet_cifar10. A network that this project would
+    compute differently is refused.
 
     Args:
         name_or_path: A ``.safetensors`` file, a folder that has a ``model.safetensors``, or a name
-            on the hub such as ``timm/resnet18.a1_in1k``. What exists as a path is a path.
+            on the hub such as ``timm/resnet18.a1_in1k``. An existing path takes precedence.
         revision: A branch, tag or commit on the hub.
 
     Returns:
-        The network. Its arrays are float32, whatever the file has.
+        The network. Its arrays are converted to float32.
 
     Raises:
-        FileNotFoundError: If there is no such path, and the hub does not give it either.
+        FileNotFoundError: If there is no such path, and the hub does not provide it either.
         ValueError: If the file is damaged, or has a missing, unused or mis-shaped key, or its
-            ``config.json`` tells of another network.
+            ``config.json`` describes another network.
     """
     weights, description = _locate(name_or_path, revision)
     arrays, header = _read(weights)
@@ -68,7 +68,7 @@ def load(name_or_path: str, *, revision: str | None = None) -> Pretrained:
 
 
 def with_new_head(source: Pretrained, n_classes: int, seed: int) -> tuple[ResNetConfig, Network]:
-    """Takes all of a source but its head, which is drawn anew for ``n_classes``."""
+    """Replaces the head of a source by a random one for ``n_classes``."""
     config = dataclasses.replace(source.config, n_classes=n_classes)
     params = source.network.params | {"head": resnet.init_head(config, seed)}
     return config, source.network._replace(params=params)
@@ -77,13 +77,13 @@ def with_new_head(source: Pretrained, n_classes: int, seed: int) -> tuple[ResNet
 def export(
     path: str | Path, config: ResNetConfig, network: Network, *, metadata: Mapping[str, str]
 ) -> None:
-    """Writes a safetensors file that PyTorch and `load` read, whole or not at all.
+    """Writes a safetensors file that PyTorch and `load` can read, atomically.
 
     Args:
         path: The file, in a folder that exists.
-        config: The network; its architecture and number of classes go into the header.
-        network: Its arrays. They get torchvision's names, or akamaster's if it is for CIFAR.
-        metadata: What else the header shall say.
+        config: The network; its architecture and number of classes are put into the header.
+        network: Its arrays. They get the names of torchvision, or of akamaster for CIFAR.
+        metadata: More entries of the header.
     """
     arrays = {
         _torchvision_key(path, config): _transposed(np.asarray(leaf), _TO_TORCH)
@@ -117,7 +117,7 @@ def _locate(name_or_path: str, revision: str | None) -> tuple[Path, dict[str, An
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """A folder with what the hub has under a name."""
+    """Downloads a network from the hub; returns its folder."""
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or name.endswith((".safetensors", ".pth")):
         raise FileNotFoundError(
             f"There is no file or folder {name!r}, and a name on the Hugging Face hub looks like "
@@ -150,7 +150,7 @@ def _read(weights: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def _infer_config(arrays: Mapping[str, np.ndarray], weights: Path) -> ResNetConfig:
-    """The network of which these are the arrays, or most of them."""
+    """Infers the network from the names and shapes of its arrays."""
     blocks: dict[str, int] = {}
     for key in arrays:
         if found := re.search(r"\b(?:layer|stages\.)(\d)\.(?:layers\.)?(\d+)\.", key):
@@ -188,7 +188,7 @@ def _infer_config(arrays: Mapping[str, np.ndarray], weights: Path) -> ResNetConf
 
 
 def _from_torch(arrays: Mapping[str, np.ndarray], config: ResNetConfig, weights: Path) -> Network:
-    """The network that has just these arrays."""
+    """Makes a network of the arrays, which must match its own exactly."""
     shapes = _leaves(jax.eval_shape(lambda: resnet.init(config, 0)))
     is_huggingface = any("encoder.stages." in key for key in arrays)
     prefix = "module." if all(key.startswith("module.") for key in arrays) else ""
@@ -197,7 +197,7 @@ def _from_torch(arrays: Mapping[str, np.ndarray], config: ResNetConfig, weights:
         for path in shapes
     }
     paths = {prefix + name: path for path, name in names.items()}
-    # PyTorch counts steps for a batch norm without momentum, which these are not.
+    # These counters are for batch norm without momentum, which is not used here.
     counters = {
         key.replace("running_mean", "num_batches_tracked")
         for key in paths
@@ -229,8 +229,8 @@ def _from_torch(arrays: Mapping[str, np.ndarray], config: ResNetConfig, weights:
 def _metadata(
     description: Mapping[str, Any], config: ResNetConfig, weights: Path
 ) -> dict[str, str]:
-    """What is known beside the header, once ``config.json`` agrees with the keys."""
-    # Networks may have the same keys and be computed in another way.
+    """The metadata besides the header; checks that ``config.json`` agrees with the keys."""
+    # Networks can have the same keys and be computed differently.
     as_computed = {
         "architecture": config.architecture,
         "model_args": {},
@@ -264,13 +264,13 @@ def _metadata(
     }
 
 
-# The axes of the kernels of convolutions and linear layers; all else has one.
+# The axes of the kernels of convolutions and linear layers; other arrays have one axis.
 _TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}
 _FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0)}
 
 
 def _transposed(array: np.ndarray, axes: Mapping[int, tuple[int, ...]]) -> np.ndarray:
-    # safetensors writes the memory as it lies, whatever its strides.
+    # safetensors ignores strides and writes the memory as it is.
     return np.ascontiguousarray(array.transpose(axes.get(array.ndim, (0,))))
 
 

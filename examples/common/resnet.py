@@ -1,4 +1,4 @@
-"""ResNets in Flax NNX, computed as torchvision computes them, and used as pure functions."""
+"""ResNets in Flax NNX that match torchvision, used as pure functions."""
 
 import functools
 import re
@@ -12,13 +12,13 @@ from flax import nnx
 
 
 class Plan(NamedTuple):
-    """What sets one architecture apart from another.
+    """The structure of an architecture.
 
     Attributes:
-        blocks: How many residual blocks each stage has.
-        bottleneck: Whether a block is 1×1, 3×3 and 1×1 convolutions, not two 3×3 ones.
-        cifar: Whether it is a network for small images: a 3×3 stem without pooling, a third of
-            the channels, and shortcuts without parameters.
+        blocks: The number of residual blocks of each stage.
+        bottleneck: Whether a block has 1×1, 3×3 and 1×1 convolutions instead of two 3×3 ones.
+        cifar: Whether it is a network for small images: a 3×3 stem without pooling, fewer
+            channels, and shortcuts without parameters.
     """
 
     blocks: tuple[int, ...]
@@ -39,7 +39,7 @@ def plan_of(architecture: str) -> Plan:
     """Looks an architecture up by its name.
 
     Raises:
-        ValueError: If there is none of this name.
+        ValueError: If there is no such architecture.
     """
     if architecture in IMAGENET_PLANS:
         return IMAGENET_PLANS[architecture]
@@ -59,11 +59,11 @@ class ResNetConfig:
     architecture: str
     """resnet18, 34, 50, 101 or 152, or cifar_resnetN with N = 6n+2."""
     n_classes: int
-    """How many logits the head gives."""
+    """Number of logits."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations. Parameters and statistics are float32."""
+    """The dtype of activations. Parameters and statistics are float32."""
     frozen_batch_norm: bool = False
-    """Run batch norm on its averages, and keep them, in training too."""
+    """Use and keep the running averages of batch norm in training, too."""
     width: int | None = None
     """Channels of the first stage; by default 64, and 16 for CIFAR."""
 
@@ -78,7 +78,7 @@ class ResNetConfig:
 
     @property
     def plan(self) -> Plan:
-        """What the architecture is."""
+        """The structure of the architecture."""
         return plan_of(self.architecture)
 
     @property
@@ -88,12 +88,12 @@ class ResNetConfig:
 
     @property
     def last_width(self) -> int:
-        """Channels that the head sees."""
+        """Channels of the input of the head."""
         return self.first_width * 2 ** (len(self.plan.blocks) - 1) * self.expansion
 
     @property
     def expansion(self) -> int:
-        """How many times wider a block's output is than its 3×3 convolution."""
+        """The width of a block's output relative to its 3×3 convolution."""
         return 4 if self.plan.bottleneck else 1
 
 
@@ -101,7 +101,7 @@ class Network(NamedTuple):
     """A network as two nested dicts of float32 arrays, with torchvision's names as keys.
 
     Attributes:
-        params: What gradients are taken of, such as ``params["layer1"]["0"]["conv1"]["kernel"]``;
+        params: The trainable arrays, such as ``params["layer1"]["0"]["conv1"]["kernel"]``;
             the last layer is ``params["head"]``.
         batch_stats: The running averages of batch norm, ``"mean"`` and ``"var"``.
     """
@@ -111,13 +111,14 @@ class Network(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a forward pass gives.
+    """The output of a forward pass.
 
     Attributes:
         logits: ``(n, n_classes)``, float32.
         features: By name, in the order of `feature_names`: the output ``(n, h, w, channels)`` of
             every convolution and batch norm (``"layer1/0/conv2"``), block (``"layer1/0"``) and
-            stage (``"layer1"``); and ``"pooled"``, which the head sees: ``(n, channels)``, float32.
+            stage (``"layer1"``); and ``"pooled"``, ``(n, channels)``, float32, the input of the
+            head.
         batch_stats: The running averages after the pass.
     """
 
@@ -127,14 +128,14 @@ class Output(NamedTuple):
 
 
 def init(config: ResNetConfig, seed: int | jax.Array) -> Network:
-    """Makes a network with random weights, drawn as torchvision draws them.
+    """Makes a network with random weights from the distributions of torchvision.
 
     Args:
         config: The network.
         seed: A number, or a key of `jax.random`.
 
     Returns:
-        The network; the same for the same seed.
+        The network, which is determined by the seed.
     """
     model = ResNet(config, rngs=nnx.Rngs(seed))
     _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
@@ -142,15 +143,15 @@ def init(config: ResNetConfig, seed: int | jax.Array) -> Network:
 
 
 def init_head(config: ResNetConfig, seed: int | jax.Array) -> dict[str, jax.Array]:
-    """Draws the last layer alone: ``kernel`` ``(channels, n_classes)`` and ``bias``."""
+    """Draws only the last layer: ``kernel`` ``(channels, n_classes)`` and ``bias``."""
     return nnx.to_pure_dict(nnx.state(_head(config, nnx.Rngs(seed)), nnx.Param))
 
 
 def apply(config: ResNetConfig, network: Network, images: jax.Array, *, train: bool) -> Output:
     """Runs a network on images.
 
-    A pure function, for `jax.jit` with ``config`` and ``train`` static. Under it a batch may lie
-    on many devices: batch norm takes its statistics over all of it.
+    A pure function, for `jax.jit` with ``config`` and ``train`` static. Under `jax.jit` a batch may
+    be sharded over devices: batch norm computes its statistics over the whole batch.
 
     Args:
         config: The network.
@@ -164,7 +165,7 @@ def apply(config: ResNetConfig, network: Network, images: jax.Array, *, train: b
 
     Raises:
         TypeError: If images are not floating point.
-        ValueError: If images have another shape, or there is one value a channel to normalize by.
+        ValueError: If images have another shape, or batch norm gets only one value per channel.
     """
     model = build(config, network)
     if train:
@@ -196,7 +197,7 @@ def build(config: ResNetConfig, network: Network) -> "ResNet":
 
 
 class BatchNorm(nnx.Module):
-    """Batch norm as PyTorch has it, in float32 whatever the dtype of activations.
+    """Batch norm as in PyTorch, in float32 for any dtype of activations.
 
     `nnx.BatchNorm` computes in the dtype of activations, and averages the biased variance.
     """
@@ -206,7 +207,7 @@ class BatchNorm(nnx.Module):
 
     def __init__(self, width: int, frozen: bool):
         self.frozen = frozen
-        self.use_running_average = False  # what train() and eval() of a module set
+        self.use_running_average = False  # set by train() and eval() of the module
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(width, jnp.float32))
         self.mean = nnx.BatchStat(jnp.zeros(width, jnp.float32))
@@ -228,15 +229,16 @@ class BatchNorm(nnx.Module):
     def _remember(self, mean: jax.Array, var: jax.Array, n_values: int) -> None:
         if n_values < 2:
             raise ValueError(
-                "Batch norm in training needs two values a channel or more, and got one: a single "
-                "image, of one pixel here. Take a larger batch or image, or frozen_batch_norm=True."
+                "Batch norm in training needs at least two values per channel, and got one: a "
+                "single image, of one pixel here. Use a larger batch or image, or "
+                "frozen_batch_norm=True."
             )
         for average, value in (self.mean, mean), (self.var, var * (n_values / (n_values - 1))):
             average[...] = self.momentum * average[...] + (1 - self.momentum) * value
 
 
 class Block(nnx.Module):
-    """Two or three convolutions beside a shortcut."""
+    """Two or three convolutions and a shortcut."""
 
     def __init__(
         self, width_in: int, width: int, stride: int, config: ResNetConfig, rngs: nnx.Rngs
@@ -265,7 +267,7 @@ class Block(nnx.Module):
             self.downsample = nnx.Dict({"0": conv, "1": norm})
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Maps ``(n, height, width, channels)`` to its like, and to the features on the way."""
+        """Returns the output and all features of ``(n, height, width, channels)``."""
         features = {}
         residual = x
         for i in range(1, self.n_convs + 1):

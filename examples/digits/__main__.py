@@ -1,4 +1,4 @@
-"""Reads the command line and runs the demo: `python -m examples.digits --help`."""
+"""The command line: `python -m examples.digits --help`."""
 
 import tyro
 
@@ -7,7 +7,7 @@ from examples.digits.config import Config
 
 
 def main(cfg: Config) -> None:
-    """Runs the experiment and reports what came out."""
+    """Runs the experiment and reports its results."""
     report.report(train.run(cfg), cfg)
 
 

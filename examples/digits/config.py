@@ -1,4 +1,4 @@
-"""What can be set, and what cannot be."""
+"""The settings of the experiment."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,45 +16,39 @@ class Config:
     out: Path = Path("results/digits")
     """Directory for the figure, the table and the numbers."""
     seeds: int = 8
-    """How many seeds, 2 or more. One draws training images, initial weights and batches."""
+    """Number of seeds, at least 2. A seed draws training images, initial weights and batches."""
     evaluate_on: Literal["test", "validation"] = "test"
-    """Held-out target images that accuracies are taken on. Settings are chosen on validation."""
+    """Held-out target images that accuracies are computed on. Choose settings on validation."""
     images_per_class: int = 5
-    """Target training images a class."""
+    """Target training images per class."""
     source_images_per_class: int = 100
-    """Source training images a class."""
+    """Source training images per class."""
     steps: int = 300
     """Training steps of a fine-tuning."""
     source_steps: int = 1000
-    """Training steps of a source network. Random labels need more of them than right ones."""
+    """Training steps of a source network. Random labels need more steps than true ones."""
     batch_size: int = 16
     """Images in a training step."""
     learning_rate: float = 0.01
     """Learning rate of SGD with momentum 0.9."""
     l2_sp_weights: tuple[float, ...] = (0.01, 0.1)
-    """Regularizer weights to try with L2-SP: a usual one, and ten times that."""
+    """Regularizer weights with L2-SP: the usual one, and ten times that."""
     distillation_weights: tuple[float, ...] = (3.0,)
-    """Regularizer weights to try with distillation: where the weighted sum is at its best."""
+    """Regularizer weights with distillation: the best one for the weighted sum."""
     temperature: float = 2.0
     """Temperature of distillation."""
     variants: tuple[Variant, ...] = ("gate", "decoupled", "momentum_first", "bounded_dtnh")
-    """Rules to try beside weighted_sum and dtnh; those of rules.py, the last two are controls."""
+    """Rules to run besides weighted_sum and dtnh. decoupled_sum and same_length are controls."""
     scope: Literal["global", "layer", "leaf", "element"] = "layer"
-    """Which parameters are one vector to dtnh and gate, and one row of the heat map."""
+    """The groups of parameters for dtnh, gate and bounded_dtnh, and the rows of the heat map."""
     widths: tuple[int, int, int] = (16, 32, 32)
     """Channels of the three blocks."""
     evaluations: int = 10
-    """Points of an accuracy curve."""
+    """Number of evaluations during a training."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "images_per_class",
-            "source_images_per_class",
-            "steps",
-            "source_steps",
-            "batch_size",
-            "evaluations",
-        ):
+        counts = ("images_per_class", "source_images_per_class", "steps", "source_steps")
+        for name in (*counts, "batch_size", "evaluations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
         for name in ("learning_rate", "temperature"):

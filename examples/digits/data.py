@@ -1,6 +1,5 @@
 """Scikit-learn's handwritten digits: 0 to 4 are the source task, 5 to 9 the target task."""
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -36,19 +35,20 @@ class Data(NamedTuple):
 def load(cfg: Config, seed: int) -> Data:
     """Draws the splits of ``seed``.
 
-    The target's test images are the same for every seed and no seed trains or validates on them.
+    The test images of the target are the same for every seed, and no seed trains or validates on
+    them.
 
     Args:
-        cfg: How many training images there are a class, and which images are held out.
-        seed: Draws which images are for training.
+        cfg: The number of training images per class, and which images are held out.
+        seed: Draws the training images.
 
     Returns:
-        The splits, standardised by mean and deviation of the source's training images.
+        The splits, standardised by mean and standard deviation of the source's training images.
 
     Raises:
         ValueError: If a class has too few images for ``cfg``.
     """
-    pixels, labels = load_digits(return_X_y=True)
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
     images = pixels.reshape(-1, 8, 8, 1).astype(np.float32)
     rng = np.random.default_rng(seed)
 
@@ -72,30 +72,22 @@ def load(cfg: Config, seed: int) -> Data:
 
 
 def with_random_labels(split: Split, seed: int) -> Split:
-    """The same images, with labels that mean nothing."""
+    """The same images with random labels."""
     rng = np.random.default_rng(seed)
     return split._replace(labels=rng.integers(N_CLASSES, size=len(split.labels), dtype=np.int32))
-
-
-def batches(n_images: int, batch_size: int, steps: int, seed: int) -> Iterator[np.ndarray]:
-    """The images of each step, by index: every image once before any comes again."""
-    rng = np.random.default_rng(seed)
-    n_epochs = -(-steps * batch_size // n_images)
-    order = np.concatenate([rng.permutation(n_images) for _ in range(n_epochs)])
-    yield from order[: steps * batch_size].reshape(steps, batch_size)
 
 
 def _take(
     per_class: int, indices: np.ndarray, labels: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Takes some of each class out of ``indices``; returns the taken and the rest."""
+    """Draws some indices of each class; returns these and the rest."""
     taken, rest = [], []
     for label in np.unique(labels[indices]):
         of_class = rng.permutation(indices[labels[indices] == label])
         if len(of_class) <= per_class:
             raise ValueError(
-                f"Digit {label} has {len(of_class)} images here; {per_class} for training would "
-                "leave none to hold out."
+                f"Digit {label} has {len(of_class)} images; {per_class} for training would leave "
+                "none to hold out."
             )
         taken.append(of_class[:per_class])
         rest.append(of_class[per_class:])

@@ -1,4 +1,4 @@
-"""Accuracy over training, and below it where loss and regularizer were in conflict."""
+"""The figure: accuracy over training, and the cosine of the two gradients by layer."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from examples.digits.config import Config
 from examples.digits.results import PLAIN, SOURCES, FineTuning, Method, Results
 
 NAMES = {"l2_sp": "L2-SP", "distillation": "distillation"}
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
+# The colours of Okabe and Ito, which colour-blind readers can distinguish.
 COLOURS = {
     "weighted_sum": "#D55E00",
     "dtnh": "#0072B2",
@@ -26,7 +26,7 @@ COLOURS = {
 
 
 def draw(results: Results, cfg: Config) -> Figure:
-    """A column for each regularizer and source; its strongest weight, against no regularizer."""
+    """Draws a column for each regularizer, at its largest weight, and each source."""
     columns = [
         (source, strongest(results, regularizer)) for regularizer in NAMES for source in SOURCES
     ]
@@ -39,7 +39,7 @@ def draw(results: Results, cfg: Config) -> Figure:
         images.append(draw_cosine(heat_map, results.of(source, method), cfg))
         heat_map.set_xlabel("training step")
     axes[0, 0].set_ylabel(f"{cfg.evaluate_on} accuracy, %")
-    # The start, where every head is new and at chance, would take most of the height.
+    # Before the first step every accuracy is at chance, which would take most of the height.
     lines = [line for curves in axes[0] for line in curves.lines]
     axes[0, 0].set_ylim(bottom=min(np.min(line.get_ydata()[1:]) for line in lines) - 10)
     figure.legend(
@@ -73,7 +73,7 @@ def draw_curves(axes: Axes, results: Results, source: str, method: Method, cfg: 
     for rule in ("weighted_sum", "dtnh", *cfg.variants):
         runs = results.of(source, dataclasses.replace(method, rule=rule))
         curve(axes, runs, cfg, rule, COLOURS[rule], "-")
-    # On top: what does not hurt lies on this line.
+    # Drawn last, so that it stays visible where other curves coincide with it.
     curve(axes, results.of(source, PLAIN), cfg, "plain fine-tuning", "black", "--")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,29 +1,18 @@
-"""A small ResNet for grey images, in Flax NNX, as trees that go through `jax.jit`."""
+"""A small ResNet for grayscale images in Flax NNX, used as pure functions."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from examples.common.resnet import Network
 from examples.digits.data import N_CLASSES
 
 
-class Network(NamedTuple):
-    """A network as two nested dicts of arrays, with ``"head"`` as one key of the first.
-
-    Attributes:
-        params: What gradients are taken of.
-        batch_stats: The running averages of batch norm.
-    """
-
-    params: Any
-    batch_stats: Any
-
-
 class BasicBlock(nnx.Module):
-    """Two 3×3 convolutions beside a shortcut."""
+    """Two 3×3 convolutions and a shortcut."""
 
     def __init__(self, width_in: int, width_out: int, stride: int, *, rngs: nnx.Rngs):
         self.conv1 = _conv(width_in, width_out, 3, stride, rngs)
@@ -34,14 +23,14 @@ class BasicBlock(nnx.Module):
         self.shortcut = None if is_identity else _conv(width_in, width_out, 1, stride, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``(n, height, width, channels)`` to its like, smaller by the stride."""
+        """Maps ``(n, height, width, channels)`` to the same layout, smaller by the stride."""
         residual = nnx.relu(self.norm1(self.conv1(x)))
         residual = self.norm2(self.conv2(residual))
         return nnx.relu(residual + (x if self.shortcut is None else self.shortcut(x)))
 
 
 class ResNet(nnx.Module):
-    """Three basic blocks between a stem and a linear head."""
+    """A stem, three basic blocks and a linear head."""
 
     def __init__(self, widths: tuple[int, int, int], *, rngs: nnx.Rngs):
         self.stem_conv = _conv(1, widths[0], 3, 1, rngs)
@@ -52,7 +41,7 @@ class ResNet(nnx.Module):
         self.head = nnx.Linear(widths[2], N_CLASSES, rngs=rngs)
 
     def features(self, images: jax.Array) -> jax.Array:
-        """What the head sees of ``(n, height, width, 1)`` images: ``(n, channels)``."""
+        """The input of the head, ``(n, channels)``, for ``(n, height, width, 1)`` images."""
         x = nnx.relu(self.stem_norm(self.stem_conv(images)))
         x = self.block3(self.block2(self.block1(x)))
         return jnp.mean(x, axis=(1, 2))
@@ -63,19 +52,19 @@ class ResNet(nnx.Module):
 
 
 def init(widths: tuple[int, int, int], seed: int) -> Network:
-    """A network with random weights."""
+    """Makes a network with random weights."""
     model = ResNet(widths, rngs=nnx.Rngs(seed))
     return Network(_as_dicts(model, nnx.Param), batch_stats(model))
 
 
 def build(network: Network, widths: tuple[int, int, int]) -> ResNet:
-    """The model that has the arrays of ``network``."""
+    """Makes the NNX module that has the arrays of ``network``."""
     without_arrays = nnx.eval_shape(lambda: ResNet(widths, rngs=nnx.Rngs(0)))
     return nnx.merge(nnx.graphdef(without_arrays), network.params, network.batch_stats)
 
 
 def batch_stats(model: ResNet) -> Any:
-    """The running averages of batch norm, as after the last forward pass in training mode."""
+    """The running averages of batch norm."""
     return _as_dicts(model, nnx.BatchStat)
 
 

@@ -1,4 +1,4 @@
-"""What the numbers say: a table, a few sentences, and the files."""
+"""The results as a table, a few sentences, and files."""
 
 import dataclasses
 import io
@@ -14,34 +14,28 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.common.files import write
+from examples.common.tables import as_markdown_table
 from examples.digits.config import Config
 from examples.digits.figure import draw
 from examples.digits.results import PLAIN, SOURCES, FineTuning, Method, Results
 
 COLUMNS = (
-    "source",
-    "regularizer",
-    "λ",
-    "rule",
-    "accuracy",
-    "− plain",
-    "− sum",
-    "conflict",
-    "removed",
+    *("source", "regularizer", "λ", "rule", "accuracy"),
+    *("− plain", "− sum", "conflict", "removed"),
 )
 MARKS = {"helps": " ▲", "hurts": " ▼", "within the spread": ""}
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A difference in accuracy, run against run of the same seed, in percentage points."""
+    """A difference in accuracy between runs of the same seeds, in percentage points."""
 
     mean: float
     deviation: float
 
     @property
     def verdict(self) -> str:
-        """Whether the difference stands out of its spread over the seeds."""
+        """Whether the difference exceeds its standard deviation over the seeds."""
         if abs(self.mean) <= self.deviation:
             return "within the spread"
         return "helps" if self.mean > 0 else "hurts"
@@ -49,9 +43,14 @@ class Difference:
     def __str__(self) -> str:
         return f"{self.mean:+.1f} ± {self.deviation:.1f}".replace("-", "−")
 
+    @property
+    def marked(self) -> str:
+        """The difference with its verdict as a mark."""
+        return f"{self}{MARKS[self.verdict]}"
+
 
 def report(results: Results, cfg: Config) -> None:
-    """Prints the table and what it shows; writes figure, table and numbers to ``cfg.out``."""
+    """Prints a table and a summary; writes figure, table and numbers to ``cfg.out``."""
     rows, sentences = table_rows(results), summary(results, cfg)
     console = Console(highlight=False)
     console.print(as_rich(rows))
@@ -62,7 +61,7 @@ def report(results: Results, cfg: Config) -> None:
     draw(results, cfg).savefig(picture, format="png", dpi=120)
     files = {
         "figure.png": picture.getvalue(),
-        "table.md": as_markdown(rows, sentences).encode(),
+        "table.md": "\n".join([as_markdown_table([COLUMNS, *rows]), "", *sentences, ""]).encode(),
         "results.json": json.dumps(as_json(results, cfg), indent=1).encode(),
     }
     cfg.out.mkdir(parents=True, exist_ok=True)
@@ -72,19 +71,18 @@ def report(results: Results, cfg: Config) -> None:
 
 
 def table_rows(results: Results) -> list[list[str]]:
-    """The cells of the table, a row for each source and method."""
+    """The rows of the table, one for each source and method."""
     rows = []
     for source, method in results.settings():
         values = accuracies(results, source, method)
         accuracy = f"{values.mean():.1f} ± {values.std(ddof=1):.1f}"
         row = [source, "none", "", "", accuracy, "", "", "", ""]
         if method != PLAIN:
-            plain, weighted_sum = against_plain(results, source, method), ""
-            if method.rule != "weighted_sum":
-                weighted_sum = marked(against_weighted_sum(results, source, method))
-            runs = results.of(source, method)
             row[1:4] = method.regularizer, f"{method.reg_weight:g}", method.rule
-            row[5:7] = marked(plain), weighted_sum
+            row[5] = against_plain(results, source, method).marked
+            if method.rule != "weighted_sum":
+                row[6] = against_weighted_sum(results, source, method).marked
+            runs = results.of(source, method)
             row[7:] = f"{100 * conflict_rate(runs):.0f} %", f"{100 * removed(runs):.0f} %"
         rows.append(row)
     return rows
@@ -93,7 +91,7 @@ def table_rows(results: Results) -> list[list[str]]:
 def summary(results: Results, cfg: Config) -> list[str]:
     """What the numbers show, in sentences."""
     regularized = [setting for setting in results.settings() if setting[1] != PLAIN]
-    (fitted, fit_held_out), (memorised, unfit_held_out) = (
+    (fitted, fit_held_out), (memorized, unfit_held_out) = (
         100 * np.mean(results.source_accuracy[source], axis=0) for source in SOURCES
     )
     where = "parameter tensors" if cfg.scope in ("leaf", "element") else f"{cfg.scope} groups"
@@ -103,11 +101,12 @@ def summary(results: Results, cfg: Config) -> list[str]:
         "from the same source without a regularizer (plain), and against weighted_sum (sum). "
         "▲ helps, ▼ hurts: the mean is farther from 0 than the standard deviation. Conflict: the "
         f"share of steps and {where} in which the two gradients of the mini-batch conflict. "
-        "Removed: what the rule takes out of the regularizer's gradient, as a share of its "
+        "Removed: what the rule removes from the regularizer's gradient, as a share of its "
         "length, mean over the steps.",
-        f"The fitting source gets {fitted:.1f} % of its training images and {fit_held_out:.1f} % "
-        f"of held-out source images right. The unfitting source has learnt {memorised:.1f} % of "
-        f"its random labels and gets {unfit_held_out:.1f} % of held-out images right.",
+        f"The fitting source classifies {fitted:.1f} % of its training images and "
+        f"{fit_held_out:.1f} % of held-out source images correctly. The unfitting source has "
+        f"memorized {memorized:.1f} % of its random labels and classifies {unfit_held_out:.1f} % "
+        "of held-out images correctly.",
     ]
     for source in SOURCES:
         gap = difference(accuracies(results, source, PLAIN), accuracies(results, "scratch", PLAIN))
@@ -136,23 +135,18 @@ def summary(results: Results, cfg: Config) -> list[str]:
     with_rule = [setting for setting in regularized if setting[1].rule != "weighted_sum"]
     if any(against_plain(results, *setting).verdict == "hurts" for setting in with_rule):
         sentences.append(
-            "What dtnh promises is that its direction does not raise the loss of the mini-batch, "
-            "to first order. Accuracy on held-out images is another matter, for it and for the "
-            "variants: ▼ shows where it fell."
+            "dtnh guarantees that, to first order, its direction does not raise the loss of the "
+            "mini-batch. Neither it nor the variants guarantee the accuracy on held-out images: "
+            "▼ marks where it fell."
         )
     return sentences
 
 
 def counted(differences: list[Difference]) -> str:
-    """How often each verdict is given."""
+    """Counts the verdicts."""
     verdicts = [each.verdict for each in differences]
     counts = ", ".join(f"{verdict} in {verdicts.count(verdict)}" for verdict in MARKS)
     return f"{len(verdicts)} settings: {counts}"
-
-
-def marked(each: Difference) -> str:
-    """The difference with its verdict as a mark."""
-    return f"{each}{MARKS[each.verdict]}"
 
 
 def as_rich(rows: list[list[str]]) -> Table:
@@ -170,12 +164,6 @@ def as_rich(rows: list[list[str]]) -> Table:
     return table
 
 
-def as_markdown(rows: list[list[str]], sentences: list[str]) -> str:
-    """The table and the sentences, to be pasted into a page."""
-    lines = ["| " + " | ".join(cells) + " |" for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)]
-    return "\n".join(lines) + "\n\n" + "\n".join(sentences) + "\n"
-
-
 def accuracies(results: Results, source: str, method: Method) -> np.ndarray:
     """The accuracy after the last step, in percent, for each seed."""
     return np.array([100 * run.accuracy[-1] for run in results.of(source, method)])
@@ -187,7 +175,7 @@ def conflict_rate(runs: Sequence[FineTuning]) -> float:
 
 
 def removed(runs: Sequence[FineTuning]) -> float:
-    """How much of the regularizer's gradient the rule takes out, a share of its length."""
+    """The share of the length of the regularizer's gradient that the rule removes."""
     return float(np.mean([run.removed for run in runs]))
 
 

@@ -1,4 +1,4 @@
-"""What is run, and what comes out of it."""
+"""What is run, and its results."""
 
 from dataclasses import dataclass
 
@@ -9,30 +9,30 @@ SOURCES = ("fitting", "unfitting")
 
 @dataclass(frozen=True)
 class Method:
-    """How to fine-tune: which regularizer, its weight, and the rule that joins the gradients."""
+    """How to fine-tune: the regularizer, its weight, and the rule that combines the gradients."""
 
     regularizer: str
     rule: str
     reg_weight: float
 
 
-# Without a regularizer means: with one of weight 0.
+# Without a regularizer: any regularizer with weight 0.
 PLAIN = Method("l2_sp", "weighted_sum", 0.0)
 
 
 @dataclass(frozen=True)
 class FineTuning:
-    """What came out of one fine-tuning.
+    """The results of one fine-tuning.
 
     Attributes:
-        seed: Of training images, initial weights and batches.
+        seed: The seed of training images, initial weights and batches.
         source: One of the sources, or ``"scratch"``.
-        method: How it was done.
+        method: The method.
         accuracy: On the held-out target images, at evenly spaced steps from 0 to the last.
-        cosine: Between loss and regularizer gradient of the mini-batch, ``(steps, groups)``,
-            whatever the rule holds against each other.
-        conflict: Where that is negative, likewise.
-        removed: What the rule takes out of the regularizer's gradient, as a share of its length,
+        cosine: Between loss and regularizer gradient of the mini-batch, ``(steps, groups)``, also
+            for rules that compare other vectors.
+        conflict: Where the cosine is negative, ``(steps, groups)``.
+        removed: What the rule removes from the regularizer's gradient, as a share of its length,
             ``(steps,)``.
         groups: The names of the groups.
     """
@@ -49,13 +49,13 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class Results:
-    """What came out of the experiment.
+    """The results of the experiment.
 
     Attributes:
         fine_tunings: One for each seed, source and method.
         source_accuracy: For each source and each seed the accuracy on its training images
-            (with the labels it was given) and on held-out images (with the right ones).
-        seconds: What all of it took, with compilation.
+            (with the labels that it was trained on) and on held-out images (with the true ones).
+        seconds: The total time, with compilation.
     """
 
     fine_tunings: list[FineTuning]
@@ -63,7 +63,7 @@ class Results:
     seconds: float
 
     def settings(self) -> list[tuple[str, Method]]:
-        """The sources and methods, in the order they ran in."""
+        """The sources and methods, in the order in which they ran."""
         return list(dict.fromkeys((run.source, run.method) for run in self.fine_tunings))
 
     def of(self, source: str, method: Method) -> list[FineTuning]:

@@ -1,7 +1,7 @@
 """How two gradients become an update: each rule is a whole optimizer, SGD with momentum.
 
-A gradient that stays the same moves the weights equally far in all of them, be it the loss's or
-the regularizer's. So a regularizer weight means the same in each.
+A constant gradient, of the loss or of the regularizer, moves the weights equally far in all of them,
+so that a regularizer weight means the same in each.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,48 +21,47 @@ Optimizer = optax.GradientTransformationExtraArgs
 
 
 def weighted_sum(reg_weight: ArrayLike, cfg: Config) -> Optimizer:
-    """The gradient of loss plus weighted regularizer, as ever."""
+    """The gradient of the loss plus the weighted regularizer."""
     return optax.chain(dtnh_jax.weighted_sum(reg_weight, mask=is_shared), sgd(cfg))
 
 
 def dtnh(reg_weight: ArrayLike, cfg: Config) -> Optimizer:
-    """The paper: the part that conflicts with the mini-batch's loss gradient is taken out."""
+    """The paper's rule: removes what conflicts with the loss gradient of the mini-batch."""
     return optax.chain(dtnh_jax.dtnh(reg_weight, scope=cfg.scope, mask=is_shared), sgd(cfg))
 
 
 def gate(reg_weight: ArrayLike, cfg: Config) -> Optimizer:
-    """In conflict the regularizer's gradient is dropped, all of it."""
-    rule = dtnh_jax.dtnh(reg_weight, scope=cfg.scope, action="gate", mask=is_shared)
+    """Drops the regularizer gradient of a layer on conflict."""
+    rule = dtnh_jax.dtnh(reg_weight, scope=cfg.scope, on_conflict="gate", mask=is_shared)
     return optax.chain(rule, sgd(cfg))
 
 
 def bounded_dtnh(reg_weight: ArrayLike, cfg: Config) -> Optimizer:
-    """The library's preset: by the momenta of both gradients, and never longer than the loss's."""
-    rule = dtnh_jax.bounded_dtnh(reg_weight, scope=cfg.scope, mask=is_shared)
-    return optax.chain(rule, optax.scale_by_learning_rate(cfg.learning_rate))
+    """The library's preset: a gate on the momenta of both gradients, and a bound."""
+    return dtnh_jax.dtnh_sgd(cfg.learning_rate, reg_weight, scope=cfg.scope, mask=is_shared)
 
 
 def decoupled(reg_weight: ArrayLike, cfg: Config) -> Optimizer:
-    """Number by number against a slow average of the loss gradient, outside the momentum."""
+    """Outside the momentum, compared with a slow average of the loss gradient by element."""
     return outside_momentum(reg_weight, cfg, reference=optax.ema(0.99))
 
 
 def momentum_first(reg_weight: ArrayLike, cfg: Config) -> Optimizer:
-    """Momentum for each of the two gradients, and then DTNH, number by number."""
+    """Momentum for each of the two gradients, then the paper's rule, element by element."""
     rule = dtnh_jax.dtnh(reg_weight, scope="element", mask=is_shared)
-    return optax.chain(momentum_of_each(), rule, optax.scale_by_learning_rate(cfg.learning_rate))
+    return optax.chain(MOMENTA, rule, optax.scale_by_learning_rate(cfg.learning_rate))
 
 
 def decoupled_sum(reg_weight: ArrayLike, cfg: Config) -> Optimizer:
-    """A control for ``decoupled``: against 0 there is no conflict, and nothing is taken out."""
+    """A control for ``decoupled``: compared with 0 there is no conflict; nothing is removed."""
     return outside_momentum(reg_weight, cfg, reference=optax.set_to_zero())
 
 
 def same_length(reg_weight: ArrayLike, cfg: Config) -> Optimizer:
-    """A control for ``momentum_first``: all numbers of an array, made as short as its choice."""
-    rule = dtnh_jax.dtnh(reg_weight, scope="element", mask=is_shared)
+    """A control for ``momentum_first``: all elements of an array, scaled to the same length."""
+    by_element = dtnh_jax.dtnh(reg_weight, scope="element", mask=is_shared)
 
-    def as_long(b: Any, a: Any, direction: Any) -> Any:
+    def scaled(b: Any, a: Any, direction: Any) -> Any:
         if b is None:
             return direction
         length = jnp.maximum(jnp.linalg.norm(b), jnp.finfo(b.dtype).tiny)
@@ -70,12 +69,17 @@ def same_length(reg_weight: ArrayLike, cfg: Config) -> Optimizer:
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         a, b = updates
-        direction, state = rule.update(updates, state, params)
-        return jax.tree.map(as_long, b, a, direction, is_leaf=lambda x: x is None), state
+        direction, state = by_element.update(updates, state, params)
+        return jax.tree.map(scaled, b, a, direction, is_leaf=lambda x: x is None), state
 
-    link = optax.GradientTransformation(rule.init, update)
-    return optax.chain(momentum_of_each(), link, optax.scale_by_learning_rate(cfg.learning_rate))
+    rule = optax.GradientTransformation(by_element.init, update)
+    return optax.chain(MOMENTA, rule, optax.scale_by_learning_rate(cfg.learning_rate))
 
+
+MOMENTA = dtnh_jax.transform_pair(
+    loss=optax.trace(MOMENTUM), reg=optax.trace(MOMENTUM), mask=lambda params: is_shared(params)
+)
+"""Momentum for both gradients. Their sum would be SGD's momentum."""
 
 RULES: Mapping[str, Callable[[ArrayLike, Config], Optimizer]] = {
     "weighted_sum": weighted_sum,
@@ -102,7 +106,7 @@ def sgd(cfg: Config) -> optax.GradientTransformation:
 def outside_momentum(
     reg_weight: ArrayLike, cfg: Config, reference: optax.GradientTransformation
 ) -> Optimizer:
-    """The regularizer's step beside SGD's, as long as momentum would have made it."""
+    """The regularizer's step outside SGD, as long as its momentum would have made it."""
     return dtnh_jax.decoupled(
         sgd(cfg),
         reg_weight,
@@ -111,19 +115,3 @@ def outside_momentum(
         reference=reference,
         mask=is_shared,
     )
-
-
-def momentum_of_each() -> optax.GradientTransformation:
-    """SGD's momentum for both gradients of a pair. Added up they would be SGD's again."""
-    of_loss = optax.trace(MOMENTUM)
-    of_reg = optax.masked(optax.trace(MOMENTUM), is_shared)
-
-    def init(params: Any) -> Any:
-        return of_loss.init(params), of_reg.init(params)
-
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        loss_grads, loss_state = of_loss.update(updates.loss_grads, state[0], params)
-        reg_grads, reg_state = of_reg.update(updates.reg_grads, state[1], params)
-        return dtnh_jax.GradientPair(loss_grads, reg_grads), (loss_state, reg_state)
-
-    return optax.GradientTransformation(init, update)

@@ -1,4 +1,4 @@
-"""The experiment, from the top: sources, fine-tunings, and one training loop for both."""
+"""The experiment: sources, fine-tunings, and the training loop of both."""
 
 import collections
 import functools
@@ -12,11 +12,12 @@ import optax
 
 import dtnh_jax
 from dtnh_jax import regularizers
+from examples.common.epochs import draw_batches
 from examples.common.progress import progress
+from examples.common.resnet import Network
 from examples.digits import data, models
 from examples.digits.config import Config
 from examples.digits.data import Split
-from examples.digits.models import Network
 from examples.digits.results import PLAIN, FineTuning, Method, Results
 from examples.digits.rules import RULES, is_shared
 
@@ -24,8 +25,8 @@ from examples.digits.rules import RULES, is_shared
 def run(cfg: Config) -> Results:
     """Fine-tunes with every method from every source, seed by seed.
 
-    All runs of a seed see the same target images in the same batches, and all runs of a seed
-    from one source start from the same weights: their accuracies may be compared in pairs.
+    All runs of a seed use the same target images in the same batches, and all runs of a seed
+    from one source start from the same weights, so that accuracies can be compared in pairs.
     """
     started = time.perf_counter()
     fine_tunings = []
@@ -81,7 +82,7 @@ def fine_tune(
     cfg: Config,
     advance: Callable[[], None],
 ) -> FineTuning:
-    """Trains on the target task, from the source's backbone and a new head."""
+    """Trains on the target task, starting from the backbone of the source and a new head."""
     head = new_network(seed, cfg).params["head"]
     network = source._replace(params=source.params | {"head": head})
     accuracies, measured = [accuracy(network, splits.target_held_out, cfg)], []
@@ -104,7 +105,7 @@ def fine_tune(
 
 
 def new_network(seed: int, cfg: Config) -> Network:
-    """Random weights for the target task, other ones than the sources of the seed begin with."""
+    """Random weights, different from the initial weights of the sources of the seed."""
     return models.init(cfg.widths, 2 * seed)
 
 
@@ -117,18 +118,19 @@ class Batch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What changes in training."""
+    """The state of training."""
 
     network: Network
     opt_state: Any
 
 
 class Measured(NamedTuple):
-    """What a step leaves behind.
+    """The measurements of a step.
 
     Attributes:
-        of_batch: The conflict of the mini-batch's gradients, in the same groups for every rule.
-        by_rule: The conflict that the rule saw, between what it holds against each other.
+        of_batch: The conflict of the gradients of the mini-batch, in the same groups for every
+            rule.
+        by_rule: The conflict of the vectors that the rule compares.
     """
 
     of_batch: dtnh_jax.ConflictStats
@@ -149,7 +151,8 @@ def training(
     everything = Batch(*split, np.asarray(predict(source, split.images, cfg)))
     opt_state = RULES[method.rule](method.reg_weight, cfg).init(start.params)
     state = TrainState(start, opt_state)
-    for indices in data.batches(len(split.labels), cfg.batch_size, steps, seed):
+    rng = np.random.default_rng(seed)
+    for indices in draw_batches(len(split.labels), cfg.batch_size, steps, rng):
         state, measured = train_step(
             state,
             Batch(*(array[indices] for array in everything)),
@@ -163,7 +166,7 @@ def training(
         yield state.network, measured
 
 
-# The weight is an argument like the batch, so that one compilation serves all weights.
+# The weight is not static, so that all weights share one compilation.
 @functools.partial(jax.jit, static_argnames=("regularizer", "rule", "cfg"))
 def train_step(
     state: TrainState,
@@ -189,8 +192,8 @@ def train_step(
         if regularizer == "l2_sp":
             reg = regularizers.l2_sp(params, source.params | {"head": None})
         else:
-            # Learning without forgetting: with the student's features, the source's head shall
-            # go on to say what the source network said.
+            # Learning without forgetting: on the features of the student, the head of the source
+            # is trained to keep the predictions of the source network.
             source_head = models.build(source, cfg.widths).head
             reg = regularizers.distillation(
                 source_head(features), batch.source_logits, cfg.temperature
@@ -205,7 +208,7 @@ def train_step(
 
 
 def conflict(pair: dtnh_jax.GradientPair, cfg: Config) -> dtnh_jax.ConflictStats:
-    """Where two gradients conflict."""
+    """Measures the conflict of two gradients."""
     meter = dtnh_jax.weighted_sum(0.0, scope=cfg.scope, mask=is_shared)
     _, state = meter.update(pair, meter.init(pair.loss_grads))
     return dtnh_jax.conflict_stats(state)
@@ -213,13 +216,13 @@ def conflict(pair: dtnh_jax.GradientPair, cfg: Config) -> dtnh_jax.ConflictStats
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def predict(network: Network, images: jax.Array, cfg: Config) -> jax.Array:
-    """Logits, with the running averages of batch norm."""
+    """Computes logits in evaluation mode."""
     model = models.build(network, cfg.widths)
     model.eval()
     return model(images)
 
 
 def accuracy(network: Network, split: Split, cfg: Config) -> float:
-    """The share of images that the network gets right."""
+    """The share of images that the network classifies correctly."""
     logits = np.asarray(predict(network, split.images, cfg))
     return float(np.mean(np.argmax(logits, axis=-1) == split.labels))

@@ -1,57 +1,31 @@
-"""From results to numbers: differences in pairs, their intervals, harm, gain, verdicts."""
+"""From results to numbers: paired differences, intervals, verdicts, gains.
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+A study is a tidy DataFrame, one row per regularized cell: the settings of the cell, its results,
+and its differences from the runs that it is compared with. All functions take such a frame, or a
+part of it, and the name of the column of differences.
+"""
+
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
-from examples.never_hurt.cell import NONE, Cell, Result
+from examples.never_hurt.cell import NONE, Result
+from examples.never_hurt.grids import KINDS
 from examples.never_hurt.sources import RANDOM_WEIGHTS
 
 LEVEL = 0.95
 RESAMPLES = 5000
 WEIGHTED_SUM = "weighted_sum"
 
+PAIR = ["source", "target"]
+TASK = [*PAIR, "regularizer"]
+SETTING = [*TASK, "rule", "strength"]
+"""Cells of one setting differ only in their seeds."""
 
-class Pair(NamedTuple):
-    """What is transferred to what."""
-
-    source: str
-    target: str
-
-
-class Setting(NamedTuple):
-    """Cells that differ in their seeds alone."""
-
-    source: str
-    target: str
-    regularizer: str
-    rule: str
-    strength: float
-
-    @property
-    def pair(self) -> Pair:
-        """What is transferred to what."""
-        return Pair(self.source, self.target)
-
-
-class Estimate(NamedTuple):
-    """A mean and the half width of its interval, in percentage points."""
-
-    mean: float
-    half_width: float
-
-    @property
-    def is_below(self) -> bool:
-        """Whether the interval lies below zero."""
-        return self.mean < -self.half_width
-
-    @property
-    def is_above(self) -> bool:
-        """Whether the interval lies above zero."""
-        return self.mean > self.half_width
+TAIL = (1 - LEVEL) / 2
 
 
 class Interval(NamedTuple):
@@ -62,282 +36,213 @@ class Interval(NamedTuple):
     high: float
 
 
-class Verdict(NamedTuple):
-    """How often the settings of a rule fall below what they are compared with.
+def frame(results: Iterable[Result]) -> pd.DataFrame:
+    """One row per cell, with its settings and results as columns.
 
-    Attributes:
-        n_settings: How many there are.
-        n_below: Those whose interval lies below zero.
-        n_below_at_once: Those of them below zero at a level that holds for all at once (Holm).
-        n_above: Those whose interval lies above zero.
-        mean: Over all settings.
-        worst: The setting of the lowest mean.
-        worst_estimate: Its estimate.
+    ``accuracy`` is that on test images, or on validation images if the cell has no test accuracy;
+    it and ``validation`` are in percent. ``kind`` is the kind of the source.
     """
-
-    n_settings: int
-    n_below: int
-    n_below_at_once: int
-    n_above: int
-    mean: float
-    worst: Setting
-    worst_estimate: Estimate
-
-    @property
-    def by_chance(self) -> float:
-        """How many would be below if there were no difference at all."""
-        return self.n_settings * (1 - LEVEL) / 2
+    cells = pd.DataFrame([{**vars(each.cell), **vars(each)} for each in results])
+    accuracy = cells["test"].astype(float).fillna(cells["validation"])
+    return cells.drop(columns=["cell", "test"]).assign(
+        accuracy=100 * accuracy,
+        validation=100 * cells["validation"],
+        kind=cells["source"].map(pd.Series(KINDS)),
+    )
 
 
-class Gain(NamedTuple):
-    """What a rule gains over plain fine-tuning at the strength that validation images choose.
+def compare(cells: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
+    """Compares each regularized cell with other cells of the same target and seed.
 
-    Attributes:
-        strength: The chosen one.
-        at_best: The difference on test images there, seed by seed.
-    """
-
-    strength: float
-    at_best: np.ndarray
-
-
-class Study:
-    """The cells of one grid, compared with plain fine-tuning of the same seed.
-
-    What a setting is compared with is the mean of plain runs that differ in the order of their
-    batches, so that luck in one of them does not count against every rule.
+    Where several runs differ only in the order of their batches, their mean is the baseline, so
+    that a lucky plain run does not count against every rule.
 
     Args:
-        results: One for each cell.
+        cells: What `frame` returns.
+        metric: The column to compare.
+
+    Returns:
+        The regularized cells with more columns: the baselines ``plain`` (plain fine-tuning),
+        ``scratch`` (training from random weights) and ``weighted_sum`` (the same setting with the
+        weighted sum), and the differences ``against_plain``, ``against_scratch`` and
+        ``against_sum``. A baseline that was not run is NaN.
 
     Raises:
         ValueError: If a cell has no plain run of its seed.
     """
-
-    def __init__(self, results: Iterable[Result]) -> None:
-        self.accuracy: dict[Setting, dict[int, float]] = defaultdict(dict)
-        self.validation: dict[Setting, dict[int, float]] = defaultdict(dict)
-        self.results: dict[Setting, list[Result]] = defaultdict(list)
-        plain: dict[Pair, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for result in results:
-            cell, of_validation = result.cell, 100 * result.validation
-            accuracy = of_validation if result.test is None else 100 * result.test
-            pair = Pair(cell.source, cell.target)
-            if cell.regularizer == NONE:
-                plain[pair][cell.seed].append(accuracy)
-            else:
-                setting = setting_of(cell)
-                self.accuracy[setting][cell.seed] = accuracy
-                self.validation[setting][cell.seed] = of_validation
-                self.results[setting].append(result)
-        self.plain = _means(plain)
-        for setting, of_seeds in self.accuracy.items():
-            if missing := set(of_seeds) - set(self.plain.get(setting.pair, {})):
-                raise ValueError(f"{setting} has no plain run of the seeds {sorted(missing)}.")
-
-    @property
-    def rules(self) -> list[str]:
-        """In the order of the results."""
-        return list(dict.fromkeys(setting.rule for setting in self.accuracy))
-
-    @property
-    def regularizers(self) -> list[str]:
-        """In the order of the results."""
-        return list(dict.fromkeys(setting.regularizer for setting in self.accuracy))
-
-    @property
-    def strengths(self) -> list[float]:
-        """From the weakest to the strongest."""
-        return sorted({setting.strength for setting in self.accuracy})
-
-    def settings(self, **wanted: object) -> list[Setting]:
-        """Those whose fields are as wanted."""
-        return [
-            setting
-            for setting in self.accuracy
-            if all(getattr(setting, name) == value for name, value in wanted.items())
-        ]
-
-    def against_plain(self, setting: Setting) -> np.ndarray:
-        """Accuracy minus that of plain fine-tuning, in points, seed by seed."""
-        plain = self.plain[setting.pair]
-        return np.array([x - plain[seed] for seed, x in sorted(self.accuracy[setting].items())])
-
-    def against_scratch(self, setting: Setting) -> np.ndarray:
-        """Accuracy minus that of training from random weights, in points, seed by seed."""
-        scratch = self.plain[Pair(RANDOM_WEIGHTS, setting.target)]
-        return np.array([x - scratch[seed] for seed, x in sorted(self.accuracy[setting].items())])
-
-    def against_sum(self, setting: Setting) -> np.ndarray:
-        """Accuracy minus that of the weighted sum of the same strength, in points."""
-        other = self.accuracy[setting._replace(rule=WEIGHTED_SUM)]
-        return np.array([x - other[seed] for seed, x in sorted(self.accuracy[setting].items())])
-
-
-def setting_of(cell: Cell) -> Setting:
-    """What a cell shares with those of other seeds."""
-    return Setting(cell.source, cell.target, cell.regularizer, cell.rule, cell.strength)
-
-
-def _means(
-    runs: Mapping[Pair, Mapping[int, Sequence[float]]],
-) -> dict[Pair, dict[int, float]]:
-    return {
-        pair: {seed: float(np.mean(each)) for seed, each in of_seeds.items()}
-        for pair, of_seeds in runs.items()
+    is_plain = cells["regularizer"] == NONE
+    plain = cells[is_plain]
+    baselines = {
+        "plain": (plain, [*PAIR, "seed"]),
+        "scratch": (plain[plain["source"] == RANDOM_WEIGHTS], ["target", "seed"]),
+        WEIGHTED_SUM: (cells[cells["rule"] == WEIGHTED_SUM], [*TASK, "strength", "seed"]),
     }
+    compared = cells[~is_plain]
+    for name, (runs, shared) in baselines.items():
+        compared = compared.join(runs.groupby(shared)[metric].mean().rename(name), on=shared)
+    alone = compared[compared["plain"].isna()]
+    if len(alone):
+        raise ValueError(f"Cells have no plain run of their seed:\n{alone[[*SETTING, 'seed']]}")
+    return compared.assign(
+        against_plain=compared[metric] - compared["plain"],
+        against_scratch=compared[metric] - compared["scratch"],
+        against_sum=compared[metric] - compared[WEIGHTED_SUM],
+    )
 
 
-def estimates(
-    settings: Sequence[Setting], difference: Callable[[Setting], np.ndarray]
-) -> dict[Setting, Estimate]:
-    """The mean difference of each setting with the interval of Student's t.
+def select(cells: pd.DataFrame, **wanted: object) -> pd.DataFrame:
+    """The cells whose columns have the wanted values."""
+    for column, value in wanted.items():
+        cells = cells[cells[column] == value]
+    return cells
 
-    Three seeds tell little of their own spread. It is taken as the same in all settings of one
-    rule and one target (whose number of images decides most of it) and pooled over them.
+
+def values(cells: pd.DataFrame, column: str) -> list:
+    """The values of a column: numbers in ascending order, names in the order of the results."""
+    found = cells[column].drop_duplicates()
+    return list(found.sort_values() if found.dtype.kind == "f" else found)
+
+
+def estimates(cells: pd.DataFrame, difference: str) -> pd.DataFrame:
+    """The mean difference of each setting, with Student's t interval.
+
+    A few seeds are too few to estimate the spread of one setting. The spread is assumed equal in
+    all settings of a rule and a target (the number of test images determines most of it) and
+    pooled over them.
 
     Args:
-        settings: Of one rule or more.
-        difference: From a setting to its differences, seed by seed.
+        cells: Cells of one rule or more.
+        difference: The column of differences.
 
     Returns:
-        One for each setting. With a single seed everywhere the interval is infinite.
+        One row per setting, indexed by `SETTING`: the ``mean``, the ``half_width`` of its
+        interval (infinite if nothing was pooled but single seeds), the one-sided ``p_value`` of a
+        mean below zero, and whether the interval lies ``below`` or ``above`` zero.
     """
-    estimated = {}
-    for setting, (mean, error, degrees) in _pooled(settings, difference).items():
-        reach = stats.t.ppf((1 + LEVEL) / 2, degrees) if degrees else np.inf
-        estimated[setting] = Estimate(mean, float(reach * error) if degrees else np.inf)
-    return estimated
+    found = cells.groupby(SETTING, sort=False)[difference].agg(["mean", "count", "var"])
+    pooled = pd.DataFrame(
+        {
+            "degrees": found["count"] - 1,
+            "squares": (found["var"] * (found["count"] - 1)).fillna(0.0),
+        }
+    )
+    pooled = pooled.groupby(["rule", "target"]).transform("sum")
+    degrees = pooled["degrees"].where(pooled["degrees"] > 0)
+    error = (pooled["squares"] / degrees / found["count"]) ** 0.5
+    half_width = (error * stats.t.ppf(1 - TAIL, degrees)).fillna(np.inf)
+    p_value = pd.Series(stats.t.cdf(found["mean"] / error, degrees), found.index).fillna(1.0)
+    return found[["mean"]].assign(
+        half_width=half_width,
+        p_value=p_value,
+        below=found["mean"] < -half_width,
+        above=found["mean"] > half_width,
+    )
 
 
-def verdict(settings: Sequence[Setting], difference: Callable[[Setting], np.ndarray]) -> Verdict:
-    """Counts the settings that fall below zero.
+def verdicts(estimates: pd.DataFrame) -> pd.DataFrame:
+    """Counts the settings of each rule that differ from what they are compared with.
 
     Args:
-        settings: Those of one rule.
-        difference: From a setting to its differences, seed by seed.
+        estimates: What `estimates` returns.
+
+    Returns:
+        One row per rule: the number of ``settings``, their ``mean``, how many are ``below``
+        zero, how many of these are so ``at_once``, how many are ``above``, and the ``worst``.
     """
-    estimated = estimates(settings, difference)
-    p_values = sorted(
-        float(stats.t.cdf(mean / error, degrees)) if degrees and error else float(mean >= 0)
-        for mean, error, degrees in _pooled(settings, difference).values()
-    )
-    n = len(settings)
-    at_once = 0
-    for rank, p_value in enumerate(p_values):
-        if p_value > (1 - LEVEL) / 2 / (n - rank):
-            break
-        at_once += 1
-    worst = min(settings, key=lambda setting: estimated[setting].mean)
-    return Verdict(
-        n_settings=n,
-        n_below=sum(each.is_below for each in estimated.values()),
-        n_below_at_once=at_once,
-        n_above=sum(each.is_above for each in estimated.values()),
-        mean=float(np.mean([each.mean for each in estimated.values()])),
-        worst=worst,
-        worst_estimate=estimated[worst],
+    return estimates.groupby("rule", sort=False).agg(
+        settings=("mean", "size"),
+        mean=("mean", "mean"),
+        below=("below", "sum"),
+        at_once=("p_value", n_below_at_once),
+        above=("above", "sum"),
+        worst=("mean", "idxmin"),
     )
 
 
-def _pooled(
-    settings: Sequence[Setting], difference: Callable[[Setting], np.ndarray]
-) -> dict[Setting, tuple[float, float, int]]:
-    """The mean of each setting, its standard error, and the degrees of freedom of that."""
-    values = {setting: difference(setting) for setting in settings}
-    squares: dict[tuple[str, str], float] = defaultdict(float)
-    degrees: dict[tuple[str, str], int] = defaultdict(int)
-    for setting, each in values.items():
-        squares[setting.rule, setting.target] += float(np.sum((each - each.mean()) ** 2))
-        degrees[setting.rule, setting.target] += len(each) - 1
-    pooled = {}
-    for setting, each in values.items():
-        group = setting.rule, setting.target
-        deviation = np.sqrt(squares[group] / max(1, degrees[group]))
-        pooled[setting] = (
-            float(each.mean()),
-            float(deviation / np.sqrt(len(each))),
-            degrees[group],
-        )
-    return pooled
+def win_tie_loss(cells: pd.DataFrame) -> tuple[int, int, int]:
+    """Against the weighted sum: the intervals above zero, across it, and below it."""
+    found = estimates(cells, "against_sum")
+    wins, losses = int(found["above"].sum()), int(found["below"].sum())
+    return wins, len(found) - wins - losses, losses
 
 
-def bootstrap_mean(groups: Sequence[Sequence[np.ndarray]], seed: int = 0) -> Interval:
+def n_below_at_once(p_values: pd.Series) -> int:
+    """How many settings are below zero at a level that holds for all at once (Holm's method)."""
+    fails = p_values.sort_values() > TAIL / np.arange(len(p_values), 0, -1)
+    return int(np.argmax([*fails, True]))
+
+
+def bootstrap_mean(cells: pd.DataFrame, difference: str, seed: int = 0) -> Interval:
     """The mean over settings, with an interval from resampling pairs and then seeds.
 
+    Settings of one source, target and seed share their plain runs, so their differences are
+    correlated: pairs of source and target are drawn, and then seeds of each.
+
     Args:
-        groups: For each pair of source and target its settings, each with differences by seed.
+        cells: The cells; each pair has the same seeds in all its settings.
+        difference: The column of differences.
         seed: Of the resampling.
 
     Returns:
-        The mean over all settings, and the percentile interval. What is drawn are pairs, and then
-        seeds of each: settings of one pair and seed share their plain runs, and fall together.
+        The mean over all settings, and the percentile interval.
     """
-    rng = np.random.default_rng(seed)
-    of_seeds = np.stack([np.mean(np.stack(group), axis=0) for group in groups])  # (pairs, seeds)
-    sizes = np.array([len(group) for group in groups], float)
+    of_seeds = cells.pivot_table(difference, PAIR, "seed", sort=False).to_numpy()
     n_pairs, n_seeds = of_seeds.shape
+    n_settings = cells.groupby(PAIR, sort=False).size().to_numpy() / n_seeds
+    rng = np.random.default_rng(seed)
     pairs = rng.integers(n_pairs, size=(RESAMPLES, n_pairs))
     seeds = rng.integers(n_seeds, size=(RESAMPLES, n_pairs, n_seeds))
     means = of_seeds[pairs[:, :, None], seeds].mean(axis=2)
-    weights = sizes[pairs]
-    drawn = (means * weights).sum(axis=1) / weights.sum(axis=1)
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    whole = (of_seeds.mean(axis=1) * sizes).sum() / sizes.sum()
-    return Interval(float(whole), float(low), float(high))
+    drawn = np.average(means, axis=1, weights=n_settings[pairs])
+    low, high = np.quantile(drawn, [TAIL, 1 - TAIL])
+    mean = np.average(of_seeds.mean(axis=1), weights=n_settings)
+    return Interval(float(mean), float(low), float(high))
 
 
-def by_pair(
-    settings: Sequence[Setting], difference: Callable[[Setting], np.ndarray]
-) -> list[list[np.ndarray]]:
-    """Differences as `bootstrap_mean` wants them."""
-    groups: dict[Pair, list[np.ndarray]] = defaultdict(list)
-    for setting in settings:
-        groups[setting.pair].append(difference(setting))
-    return list(groups.values())
+def at_best_strength(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells of the strength that is best on validation images, for each task and rule."""
+    scores = cells.groupby(SETTING, sort=False)["validation"].mean()
+    best = scores.groupby([*TASK, "rule"], sort=False).idxmax()
+    return pd.DataFrame(list(best), columns=SETTING).merge(cells, on=SETTING)
 
 
-def best_gains(study: Study, rule: str) -> dict[tuple[Pair, str], Gain]:
-    """For each pair and regularizer the gain at the strength that is best on validation images."""
-    gains = {}
-    for pair in study.plain:
-        for regularizer in study.regularizers:
-            settings = study.settings(
-                source=pair.source, target=pair.target, regularizer=regularizer, rule=rule
-            )
-            if settings:
-                best = max(settings, key=lambda each: np.mean([*study.validation[each].values()]))
-                gains[pair, regularizer] = Gain(best.strength, study.against_plain(best))
-    return gains
+def kept_gain(best: pd.DataFrame, rule: str, seed: int = 0) -> Interval:
+    """The gain of a rule as a share of the gain of the weighted sum, at their best strengths.
 
+    The share is meaningless unless the weighted sum has a clear gain.
 
-def kept_gain(study: Study, rule: str, seed: int = 0) -> Interval:
-    """The rule's gain at best strengths, as a share of the weighted sum's, over all pairs.
+    Args:
+        best: What `at_best_strength` returns.
+        rule: The rule.
+        seed: Of the resampling.
 
-    The interval is from resampling pairs. A share of next to nothing means nothing: see that the
-    weighted sum gains something.
+    Returns:
+        The share, and the percentile interval from resampling tasks.
     """
-    mine, sums = best_gains(study, rule), best_gains(study, WEIGHTED_SUM)
-    keys = [key for key in sums if key in mine]
-    ours = np.array([mine[key].at_best.mean() for key in keys])
-    theirs = np.array([sums[key].at_best.mean() for key in keys])
-    rng = np.random.default_rng(seed)
-    index = rng.integers(len(keys), size=(RESAMPLES, len(keys)))
-    shares = ours[index].sum(axis=1) / theirs[index].sum(axis=1)
-    low, high = np.quantile(shares, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(ours.sum() / theirs.sum()), float(low), float(high))
+    ours, sums = (
+        select(best, rule=name).groupby(TASK, sort=False)["against_plain"].mean()
+        for name in (rule, WEIGHTED_SUM)
+    )
+    sums = sums[sums.index.isin(ours.index)]
+
+    def share(ours: np.ndarray, sums: np.ndarray, axis: int = -1) -> np.ndarray:
+        return ours.sum(axis) / sums.sum(axis)
+
+    data = ours.reindex(sums.index).to_numpy(), sums.to_numpy()
+    interval = stats.bootstrap(
+        data,
+        share,
+        n_resamples=RESAMPLES,
+        paired=True,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(float(share(*data)), float(interval.low), float(interval.high))
 
 
-def win_tie_loss(settings: Sequence[Setting], study: Study) -> tuple[int, int, int]:
-    """Against the weighted sum: intervals above zero, across it, below it."""
-    estimated = estimates(settings, study.against_sum).values()
-    wins = sum(each.is_above for each in estimated)
-    losses = sum(each.is_below for each in estimated)
-    return wins, len(settings) - wins - losses, losses
-
-
-def conflict_by_layer(study: Study, settings: Sequence[Setting]) -> tuple[list[str], np.ndarray]:
-    """The share of steps in conflict: layers, and ``(layers, quarters)`` as a mean over cells."""
-    maps = [result.conflict for setting in settings for result in study.results[setting]]
-    names = list(maps[0])
-    return names, np.mean([[each[name] for name in names] for each in maps], axis=0)
+def conflict_by_layer(cells: pd.DataFrame) -> pd.DataFrame:
+    """The share of steps in conflict, mean over cells: a row per layer, a column per quarter."""
+    layers = list(cells["conflict"].iloc[0])
+    shares = [[of_cell[layer] for layer in layers] for of_cell in cells["conflict"]]
+    return pd.DataFrame(np.mean(shares, axis=0), index=layers)

@@ -1,4 +1,4 @@
-"""Which images each step sees, and how each is augmented: drawn ahead, cut out on the device."""
+"""The augmented images of each step: drawn ahead of training, cut out on the device."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,15 +9,16 @@ import numpy as np
 
 from examples.common import standardisation
 from examples.common.data import pad_margin
+from examples.common.epochs import draw_batches
 
 
 class Plan(NamedTuple):
-    """The views of one step, or of all, with the steps as a first axis.
+    """The views of one step, or of all steps along a first axis.
 
     Attributes:
-        which: ``(n,)``, int32: the image.
-        flip: ``(n,)``, bool: whether left and right are swapped.
-        corner: ``(n, 2)``, int32: the corner of the crop in the padded image.
+        which: The indices of the images, ``(n,)``, int32.
+        flip: Whether left and right are swapped, ``(n,)``, bool.
+        corner: The corner of the crop in the padded image, ``(n, 2)``, int32.
     """
 
     which: Any
@@ -26,25 +27,23 @@ class Plan(NamedTuple):
 
 
 def draw(n_images: int, image_size: int, batch_size: int, steps: int, seed: Sequence[int]) -> Plan:
-    """Draws the views of all steps: every image once in a new order before any comes again."""
+    """Draws the views of all steps."""
     rng = np.random.default_rng([*seed, 1])
-    n = steps * batch_size
-    epochs = [rng.permutation(n_images) for _ in range(-(-n // n_images))]
-    which = np.concatenate(epochs)[:n].astype(np.int32)
-    flip = rng.random(n) < 0.5
-    corner = rng.integers(2 * pad_margin(image_size) + 1, size=(n, 2), dtype=np.int32)
-    return Plan(*(x.reshape(steps, batch_size, *x.shape[1:]) for x in (which, flip, corner)))
+    which = draw_batches(n_images, batch_size, steps, rng).astype(np.int32)
+    flip = rng.random(which.shape) < 0.5
+    n_corners = 2 * pad_margin(image_size) + 1
+    return Plan(which, flip, rng.integers(n_corners, size=(*which.shape, 2), dtype=np.int32))
 
 
 def views(images: jax.Array, plan: Plan) -> jax.Array:
-    """Cuts the views of one step out of all images.
+    """Makes the views of one step.
 
     Args:
-        images: ``(n, size, size, 3)``, uint8.
-        plan: Of one step.
+        images: All images, ``(n, size, size, 3)``, uint8.
+        plan: The plan of the step.
 
     Returns:
-        ``(batch, size, size, 3)``, float32, standardised.
+        The views, ``(batch, size, size, 3)``, float32, standardised.
     """
     size = images.shape[1]
     side = pad_margin(size)

@@ -1,4 +1,4 @@
-"""One run of the experiment: what it is, what it is called, and what comes out of it."""
+"""One run of the experiment: its settings, its key and its result."""
 
 import hashlib
 import json
@@ -12,68 +12,69 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Cell:
-    """One fine-tuning, down to the last setting."""
+    """All settings of one fine-tuning."""
 
     source: str
-    """Where the weights come from: a name of `sources`."""
+    """The source of the initial weights, see `sources`."""
     target: str
-    """The data set that is learnt: a folder beside those of the sources."""
+    """The data set of the target task: the name of its folder."""
     regularizer: str
-    """Ω, one of `examples.common.objective`; none for plain fine-tuning."""
+    """The regularizer Ω, one of `examples.common.objective`; none for plain fine-tuning."""
     rule: str
-    """How the two gradients become one update: a name of `rules`."""
+    """The rule that combines the two gradients, see `rules`."""
     strength: float
     """λ as a multiple of the usual weight."""
     seed: int
-    """Draws images, first weights of the head, and batches. Cells of one seed are pairs."""
+    """Draws images, initial weights of the head and batches. Cells are compared by seed."""
     learning_rate: float
-    """At the beginning; it falls to 0 along a cosine."""
+    """The initial learning rate; it decays to 0 along a cosine."""
     images_per_class: int | None
-    """Training images a class; None: all."""
+    """Training images per class; None: all."""
     test: bool
-    """Whether accuracy is taken on the test images too, once, after the last step."""
+    """Whether the accuracy on test images is computed, once, after the last step."""
     order: int = 0
-    """Draws the batches anew, from the same images and first weights: what chance alone does."""
+    """Draws other batches of the same images from the same initial weights."""
     architecture: str = "cifar_resnet8"
-    """Of the network."""
+    """The network, see `examples.common.resnet`."""
     image_size: int = 16
-    """Height and width of what the network sees, in pixels."""
+    """Height and width of the input of the network, in pixels."""
     steps: int = 200
-    """Steps of SGD, four at least: what is measured is told by quarters."""
+    """Steps of SGD, at least 4: conflict is reported by quarters of training."""
     batch_size: int = 32
     """Images in a step."""
 
     def __post_init__(self) -> None:
-        # So that 1 and 1.0 are one setting, with one key.
+        # 1 and 1.0 are one setting, with one key.
         object.__setattr__(self, "strength", float(self.strength))
         object.__setattr__(self, "learning_rate", float(self.learning_rate))
         for name, least in (("strength", 0), ("learning_rate", 0), ("steps", 4), ("batch_size", 1)):
             value = getattr(self, name)
             if not least <= value < math.inf:
-                raise ValueError(f"{name} must be a number from {least} on; got {value}.")
+                raise ValueError(f"{name} must be finite and at least {least}; got {value}.")
 
     @property
     def key(self) -> str:
-        """A name that no other settings have."""
+        """A hash of all settings."""
         canonical = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of a cell.
+    """The result of a cell.
 
     Attributes:
-        cell: What was run.
+        cell: The cell.
         validation: The accuracy on validation images after the last step, 0 to 1.
-        test: The accuracy on test images, if they were looked at.
-        train_accuracy: On the batches of the last tenth of training, as they were augmented.
-        train_loss: Likewise; None if it was not finite.
+        test: The accuracy on test images; None if it was not computed.
+        train_accuracy: On the augmented batches of the last tenth of training.
+        train_loss: On the same batches; None if it was not finite.
         conflict: For each layer and each quarter of training the share of steps in which the two
-            gradients, as the rule sees them, are in conflict; empty without a regularizer.
+            gradients, as the rule sees them, conflict; empty without a regularizer.
         removed: For each quarter of training the mean share of the regularizer's gradient that the
-            rule took out, over all layers; None where that is not finite: training has diverged.
-        seconds: What it took, without compilation.
+            rule removes, over all layers; None where it is not finite, after a divergence.
+        seconds: The time of training, without compilation.
+        version: The version of the project that computed it; None in files of older versions.
     """
 
     cell: Cell
@@ -84,29 +85,30 @@ class Result:
     conflict: Mapping[str, list[float]] = field(default_factory=dict)
     removed: list[float | None] = field(default_factory=list)
     seconds: float = 0.0
+    version: str | None = None
 
     def to_json(self) -> str:
-        """One line."""
+        """Formats the result as one line."""
         return json.dumps(
             {"key": self.cell.key, **asdict(self)}, separators=(",", ":"), allow_nan=False
         )
 
     @classmethod
     def from_json(cls, line: str) -> "Result":
-        """Reads `to_json`.
+        """Parses the output of `to_json`.
 
         Raises:
-            ValueError: If it is no such line, or its cell no longer has the key that it had.
+            ValueError: If the line is something else, or the key of its cell has changed.
         """
         data: dict[str, Any] = json.loads(line)
         key = data.pop("key")
         known = {each.name for each in fields(Cell)}
         if unknown := set(data["cell"]) - known:
-            raise ValueError(f"A result has settings that cells do not have: {sorted(unknown)}.")
+            raise ValueError(f"A result has unknown settings: {sorted(unknown)}.")
         result = cls(**{**data, "cell": Cell(**data["cell"])})
         if result.cell.key != key:
             raise ValueError(
-                f"The result {key} is of a cell whose key is now {result.cell.key}: settings were "
-                "added to cells since. Run it again, in another file."
+                f"The cell of the result {key} now has the key {result.cell.key}: cells have new "
+                "settings. Run it again, with another file of results."
             )
         return result

@@ -1,8 +1,7 @@
 """What is run: each grid as data, from which its cells follow."""
 
 import itertools
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +20,7 @@ KINDS = {
     "random_labels_medmnist": UNFITTING,
     "random_weights": UNFITTING,
 }
-"""How well a source is expected to suit targets of natural photographs."""
+"""How well each source is expected to suit targets of natural photographs."""
 
 PER_CLASS: Mapping[str, int | None] = {
     "caltech101": 15,
@@ -30,8 +29,7 @@ PER_CLASS: Mapping[str, int | None] = {
     "dtd10": None,
     "cifar10": 50,
 }
-"""Targets, and how many images a class they are learnt from."""
-
+"""The targets and their number of training images per class; None: all."""
 
 PLAIN_RUNS = 4
 """Plain runs of each source, target and seed, which differ in the order of their batches."""
@@ -54,16 +52,16 @@ class Grid:
     """An experiment.
 
     Attributes:
-        parts: What is run, beside plain fine-tuning of the same sources, targets and seeds.
-        learning_rates: What plain fine-tuning is tried with, source by source and target by
-            target; the best on validation images is then that of every rule.
-        tuning_seeds: The seeds that it is tried with.
+        parts: The cells, in addition to plain fine-tuning of the same sources, targets and seeds.
+        learning_rates: The candidates for each source and target. The best for plain fine-tuning
+            on validation images is used with every rule.
+        tuning_seeds: The seeds of the runs that choose the learning rate.
         architecture: Of all networks.
         image_size: In pixels.
         steps: Of a cell.
         batch_size: Of a cell.
         pretraining_steps: Of a source that is trained here.
-        test: Whether the test images are looked at.
+        test: Whether the accuracy on test images is computed.
     """
 
     parts: Sequence[Part]
@@ -77,60 +75,54 @@ class Grid:
     test: bool = True
 
     def tuning(self) -> list[Cell]:
-        """The cells that the learning rates are chosen by. They see no test image."""
+        """The cells that choose the learning rates. They do not use test images."""
         return [
-            replace(
-                self._plain(source, target, seed, learning_rate),
-                test=False,
-            )
-            for source, target in self._pairs()
+            replace(self._plain(*pair, seed, learning_rate), test=False)
+            for pair in self._pairs()
             for learning_rate in self.learning_rates
             for seed in self.tuning_seeds
         ]
 
     def cells(self, results: Mapping[str, Result]) -> list[Cell]:
-        """All cells, once the learning rates can be chosen.
+        """All cells, with the chosen learning rates.
 
         Args:
-            results: By key; those of :meth:`tuning` must be among them.
+            results: By key, those of :meth:`tuning` among them.
 
         Raises:
-            ValueError: If one of them is not.
+            ValueError: If one of them is missing.
         """
         rates = self.chosen_rates(results)
-        cells: dict[Cell, None] = {}
+        cells: list[Cell] = []
         for part in self.parts:
             for source, target, seed in itertools.product(part.sources, part.targets, part.seeds):
                 plain = self._plain(source, target, seed, rates[source, target])
-                # Other batches too: what is compared with shall not be one lucky run.
-                cells |= dict.fromkeys(replace(plain, order=order) for order in range(PLAIN_RUNS))
-                for regularizer, rule, strength in itertools.product(
-                    part.regularizers, part.rules, part.strengths
-                ):
-                    cells[replace(plain, regularizer=regularizer, rule=rule, strength=strength)] = (
-                        None
+                # The mean of several runs is the baseline, not a single one that may be lucky.
+                cells += [replace(plain, order=order) for order in range(PLAIN_RUNS)]
+                cells += [
+                    replace(plain, regularizer=regularizer, rule=rule, strength=strength)
+                    for regularizer, rule, strength in itertools.product(
+                        part.regularizers, part.rules, part.strengths
                     )
-        return list(cells)
+                ]
+        return list(dict.fromkeys(cells))
 
     def chosen_rates(self, results: Mapping[str, Result]) -> dict[tuple[str, str], float]:
-        """For each source and target the learning rate of the best mean validation accuracy."""
-        accuracies: dict[tuple[str, str], dict[float, list[float]]] = defaultdict(
-            lambda: defaultdict(list)
-        )
+        """The learning rate with the best mean validation accuracy for each source and target."""
+        accuracies: dict[tuple[str, str], dict[float, list[float]]] = {}
         for cell in self.tuning():
             if cell.key not in results:
                 raise ValueError(f"The learning rate cannot be chosen: {cell} has no result.")
-            of_pair = accuracies[cell.source, cell.target]
-            of_pair[cell.learning_rate].append(results[cell.key].validation)
+            of_pair = accuracies.setdefault((cell.source, cell.target), {})
+            of_pair.setdefault(cell.learning_rate, []).append(results[cell.key].validation)
         return {
             pair: max(of_pair, key=lambda rate: np.mean(of_pair[rate]))
             for pair, of_pair in accuracies.items()
         }
 
-    def _pairs(self) -> Iterable[tuple[str, str]]:
-        return dict.fromkeys(
-            pair for part in self.parts for pair in itertools.product(part.sources, part.targets)
-        )
+    def _pairs(self) -> list[tuple[str, str]]:
+        pairs = (itertools.product(part.sources, part.targets) for part in self.parts)
+        return list(dict.fromkeys(itertools.chain.from_iterable(pairs)))
 
     def _plain(self, source: str, target: str, seed: int, learning_rate: float) -> Cell:
         return Cell(
@@ -150,21 +142,19 @@ class Grid:
         )
 
     def smoke(self) -> "Grid":
-        """The same, so small that it shows nothing but that it runs."""
+        """A few short cells of this grid, to test that it runs."""
+        part = self.parts[0]
+        part = Part(
+            part.sources[-1:],
+            part.targets[:1],
+            part.regularizers[:2],
+            part.rules[:2],
+            part.strengths[-1:],
+            part.seeds[:1],
+        )
         return replace(
             self,
-            parts=[
-                replace(
-                    part,
-                    sources=part.sources[-1:],
-                    targets=part.targets[:1],
-                    regularizers=part.regularizers[:2],
-                    rules=part.rules[:2],
-                    strengths=part.strengths[-1:],
-                    seeds=part.seeds[:1],
-                )
-                for part in self.parts[:1]
-            ],
+            parts=[part],
             learning_rates=self.learning_rates[:1],
             tuning_seeds=self.tuning_seeds[:1],
             steps=4,
@@ -174,112 +164,53 @@ class Grid:
 
 
 SOURCES = ("tinyimagenet", "gtsrb", "medmnist", "random_labels_imagenette", "random_weights")
-STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
-PRESET_AND_SUM = ("weighted_sum", "bounded_dtnh")
-AGAIN = tuple(range(3, 11))
+TWO_SOURCES = ("tinyimagenet", "medmnist")
+TARGETS = ("caltech101", "cifar10", "scene15")
 TRANSFER = ("l2_sp", "distillation")
-RIVALS = (
-    "dtnh_global",
-    "orthogonal",
-    "bloop",
-    "pcgrad",
-    "dynamic_barrier",
-    "agem",
-    "mgda",
-    "imtl_g",
-    "upgrad",
-    "cagrad",
-    "config",
+FEATURES = ("feature_distillation", "attention_transfer", "delta", "batch_spectral_shrinkage")
+STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
+
+MAIN = ("weighted_sum", "dtnh_layer", "bounded_dtnh")
+USUAL = ("weighted_sum", "dtnh_layer", "gradient_cosine", "gate", "bounded_dtnh")
+EVERY_RULE = (
+    *(*USUAL, "dtnh_global", "orthogonal", "bloop", "pcgrad", "dynamic_barrier"),
+    *("agem", "mgda", "imtl_g", "upgrad", "cagrad", "config"),
 )
 VARIANTS = (
-    "gate_bounded",
-    "gate_bounded_0.3",
-    "project_bounded",
-    "cosine_bounded",
-    "element_bounded",
-    "keep_bounded",
-    "average_gate_bounded",
-    "momenta_gate",
-    "momenta_gate_0.3",
-    "momenta_gate_2",
-    "momenta_project",
-    "momenta_cosine",
-    "momenta_keep",
-    "momenta_global",
-    "momenta_element",
-    "placebo",
+    *("weighted_sum", "dtnh_layer", "gate", "bounded_dtnh"),
+    *("gate_bounded", "gate_bounded_0.3", "project_bounded", "cosine_bounded"),
+    *("element_bounded", "keep_bounded", "average_gate_bounded"),
+    *("momenta_gate", "momenta_gate_0.3", "momenta_gate_2", "momenta_project"),
+    *("momenta_cosine", "momenta_keep", "momenta_global", "momenta_element", "placebo"),
 )
 
 GRIDS: Mapping[str, Grid] = {
-    # The question itself.
+    # The main question.
     "small": Grid(
         [
-            Part(
-                SOURCES,
-                ("caltech101", "cifar10", "scene15"),
-                TRANSFER,
-                ("weighted_sum", "dtnh_layer", "gradient_cosine", "gate", "bounded_dtnh"),
-                STRENGTHS[1:],
-                (0, 1, 2),
-            ),
-            Part(
-                SOURCES,
-                ("caltech101", "cifar10", "scene15"),
-                TRANSFER,
-                ("weighted_sum", "dtnh_layer", "bounded_dtnh"),
-                STRENGTHS[:1],
-                (0, 1, 2),
-            ),
+            Part(SOURCES, TARGETS, TRANSFER, USUAL, STRENGTHS[1:], (0, 1, 2)),
+            Part(SOURCES, TARGETS, TRANSFER, MAIN, STRENGTHS[:1], (0, 1, 2)),
         ]
     ),
-    # What was tried before the rule was chosen; it sees no test image.
+    # The search that led to the preset; it uses no test images.
     "variants": Grid(
-        [
-            Part(
-                ("tinyimagenet", "medmnist"),
-                ("caltech101", "cifar10"),
-                TRANSFER,
-                ("weighted_sum", "dtnh_layer", "gate", "bounded_dtnh", *VARIANTS),
-                (100.0,),
-                (0, 1),
-            )
-        ],
-        test=False,
+        [Part(TWO_SOURCES, TARGETS[:2], TRANSFER, VARIANTS, (100.0,), (0, 1))], test=False
     ),
-    # Every rule, and every regularizer of features, at the strength that tells the most.
+    # Every rule, and every regularizer of features, at the strength that shows the most harm.
     "wide": Grid(
         [
-            Part(
-                ("tinyimagenet", "medmnist"),
-                ("cifar10",),
-                TRANSFER,
-                ("weighted_sum", "dtnh_layer", "gradient_cosine", "gate", "bounded_dtnh", *RIVALS),
-                (100.0,),
-                (0, 1),
-            ),
-            Part(
-                ("tinyimagenet", "medmnist"),
-                ("flowers17",),
-                (
-                    "feature_distillation",
-                    "attention_transfer",
-                    "delta",
-                    "batch_spectral_shrinkage",
-                ),
-                ("weighted_sum", "dtnh_layer", "bounded_dtnh"),
-                (100.0,),
-                (0, 1),
-            ),
+            Part(TWO_SOURCES, ("cifar10",), TRANSFER, EVERY_RULE, (100.0,), (0, 1)),
+            Part(TWO_SOURCES, ("flowers17",), FEATURES, MAIN, (100.0,), (0, 1)),
         ]
     ),
-    # Real pre-trained weights at the size that they are for.
+    # Public pre-trained weights at the image size that they were trained on.
     "real": Grid(
         [
             Part(
                 ("cifar10_resnet20.safetensors",),
                 ("caltech101", "scene15"),
                 TRANSFER,
-                ("weighted_sum", "dtnh_layer", "bounded_dtnh"),
+                MAIN,
                 (1.0, 100.0),
                 (0, 1, 2),
             )
@@ -288,10 +219,10 @@ GRIDS: Mapping[str, Grid] = {
         architecture="cifar_resnet20",
         image_size=32,
     ),
-    # The four lowest settings of the preset in "small", with seeds that it has not seen.
+    # The four lowest settings of the preset in "small", with new seeds.
     "again": Grid(
         [
-            Part((source,), (target,), (regularizer,), PRESET_AND_SUM, (x,), AGAIN)
+            Part((source,), (target,), (regularizer,), (MAIN[0], MAIN[-1]), (x,), range(3, 11))
             for source, target, regularizer, x in (
                 ("gtsrb", "scene15", "l2_sp", 0.01),
                 ("gtsrb", "scene15", "distillation", 0.01),
@@ -300,29 +231,16 @@ GRIDS: Mapping[str, Grid] = {
             )
         ]
     ),
-    # For a GPU.
+    # Larger networks and images, for a GPU.
     "gpu": Grid(
         [
             Part(
-                (
-                    "tinyimagenet",
-                    "imagenette",
-                    "gtsrb",
-                    "medmnist",
-                    "random_labels_imagenette",
-                    "random_weights",
-                ),
+                (SOURCES[0], "imagenette", *SOURCES[1:]),
                 tuple(PER_CLASS),
-                (
-                    *TRANSFER,
-                    "feature_distillation",
-                    "attention_transfer",
-                    "delta",
-                    "batch_spectral_shrinkage",
-                ),
-                ("weighted_sum", "dtnh_layer", "gradient_cosine", "gate", "bounded_dtnh", *RIVALS),
+                (*TRANSFER, *FEATURES),
+                EVERY_RULE,
                 STRENGTHS,
-                (0, 1, 2, 3, 4),
+                range(5),
             )
         ],
         architecture="resnet18",
@@ -332,4 +250,3 @@ GRIDS: Mapping[str, Grid] = {
         pretraining_steps=20000,
     ),
 }
-"""By name."""

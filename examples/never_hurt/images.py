@@ -1,4 +1,4 @@
-"""Whole data sets as arrays: small images are read once and stay in memory."""
+"""Whole data sets of small images as arrays in memory."""
 
 import functools
 from pathlib import Path
@@ -19,7 +19,7 @@ class Images(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """What a target is learnt from, chosen on and tested on."""
+    """The images of a data set for training, model selection and testing."""
 
     train: Images
     validation: Images
@@ -35,9 +35,9 @@ def read(
 
     Args:
         root: Has a folder of images for each data set.
-        name: Which.
-        image_size: What they are shrunk to, in pixels.
-        images_per_class: Training images a class; None: all but the validation images.
+        name: The name of the folder.
+        image_size: The size to which images are resized, in pixels.
+        images_per_class: Training images per class; None: all but the validation images.
         seed: Draws the validation images, and then the training images of each class.
 
     Returns:
@@ -61,12 +61,9 @@ def read(
         split_seed=seed,
     )
     dataset = load(config)
-    return Splits(
-        train=_decoded(dataset.train, config),
-        validation=_decoded(dataset.validation, config),
-        test=_decoded(dataset.test, config),
-        n_classes=len(dataset.class_names),
-    )
+    splits = dataset.train, dataset.validation, dataset.test
+    train, validation, test = (_decoded(each, config) for each in splits)
+    return Splits(train, validation, test, len(dataset.class_names))
 
 
 def _decoded(source: Source, config: DataConfig) -> Images:

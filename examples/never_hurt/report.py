@@ -1,89 +1,82 @@
-"""Every table and figure, from the files of results by one command."""
+"""Every table and figure, from the files of results."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import pandas as pd
 from matplotlib.figure import Figure
 
 from examples.common import files, resnet
 from examples.common.resnet import ResNetConfig
-from examples.common.tables import as_markdown_table
-from examples.never_hurt import figures, store, tables
-from examples.never_hurt.analysis import Study
+from examples.common.tables import as_latex_table, as_markdown_table
+from examples.never_hurt import analysis, figures, store, tables
+from examples.never_hurt.analysis import select, values
 from examples.never_hurt.grids import GRIDS
 from examples.never_hurt.sources import RANDOM_WEIGHTS
 from examples.never_hurt.tables import Rows
 
-SUFFIXES = (".jsonl", ".jsonl.gz")
-PREFERRED = "bounded_dtnh"
-PAPER = "dtnh_layer"
+COMPARED = ("weighted_sum", "dtnh_layer", "bounded_dtnh")
+"""The rules of the table of gains by pair."""
 
 
-def find(folder: Path, grid: str) -> Path | None:
-    """The file of results of a grid."""
-    for suffix in SUFFIXES:
-        if (path := folder / f"{grid}{suffix}").exists():
-            return path
-    return None
-
-
-def study(folder: Path, grid: str) -> Study | None:
-    """The results of a grid that has been run to its end.
+def study(folder: Path, grid: str) -> pd.DataFrame | None:
+    """The results of a complete grid, compared with plain fine-tuning; None without a file.
 
     Raises:
         ValueError: If cells are missing.
     """
-    path = find(folder, grid)
-    if path is None:
+    paths = [path for suffix in ("", ".gz") if (path := folder / f"{grid}.jsonl{suffix}").exists()]
+    if not paths:
         return None
-    results = store.read(path)
+    results = store.read(paths[0])
     cells = GRIDS[grid].cells(results)
     if missing := [cell for cell in cells if cell.key not in results]:
         raise ValueError(
-            f"{path} lacks {len(missing)} of {len(cells)} cells; run the grid to its end."
+            f"{paths[0]} lacks {len(missing)} of {len(cells)} cells; run the grid to its end."
         )
-    return Study(results[cell.key] for cell in cells)
+    return analysis.compare(analysis.frame(results[cell.key] for cell in cells))
 
 
-def make_tables(studies: Mapping[str, Study]) -> dict[str, Rows]:
-    """All tables that the results at hand allow, by name."""
+def make_tables(studies: Mapping[str, pd.DataFrame]) -> dict[str, Rows]:
+    """Makes the tables of all grids that have results, by name."""
     made: dict[str, Rows] = {}
-    if small := studies.get("small"):
-        compared = [rule for rule in ("weighted_sum", PAPER, PREFERRED) if rule in small.rules]
+    if (small := studies.get("small")) is not None:
         made["plain"] = tables.plain(small)
         made["verdicts"] = tables.verdicts(small)
-        for regularizer in small.regularizers:
-            made[f"strength-{regularizer}"] = tables.by_strength(small, regularizer=regularizer)
-        made["worst"] = tables.worst_by_pair(small, small.rules)
+        for regularizer in values(small, "regularizer"):
+            of_it = select(small, regularizer=regularizer)
+            made[f"strength-{regularizer}"] = tables.by_strength(of_it)
+        made["worst"] = tables.worst_by_pair(small)
         made["against-sum"] = tables.against_sum(small)
         made["sum-verdicts"] = tables.verdicts(small, "the sum")
-        if any(pair.source == RANDOM_WEIGHTS for pair in small.plain):
+        if RANDOM_WEIGHTS in values(small, "source"):
             made["scratch-verdicts"] = tables.verdicts(small, "scratch")
         made["gains"] = tables.gains(small)
-        made["best"] = tables.best_by_pair(small, compared)
-    if again := studies.get("again"):
+        made["best"] = tables.best_by_pair(small[small["rule"].isin(COMPARED)])
+    if (again := studies.get("again")) is not None:
         made["again"] = tables.settings(again)
-    if variants := studies.get("variants"):
+    if (variants := studies.get("variants")) is not None:
         made["variants"] = tables.by_rule(variants)
     for name in ("wide", "real"):
-        if each := studies.get(name):
-            made[f"{name}-verdicts"] = tables.verdicts(each)
-            made[f"{name}-regularizers"] = tables.by_regularizer(each)
-            made[f"{name}-plain"] = tables.plain(each)
+        if (cells := studies.get(name)) is not None:
+            made[f"{name}-verdicts"] = tables.verdicts(cells)
+            made[f"{name}-regularizers"] = tables.by_regularizer(cells)
+            made[f"{name}-plain"] = tables.plain(cells)
     return made
 
 
-def make_figures(studies: Mapping[str, Study]) -> dict[str, Figure]:
-    """All figures that the results at hand allow, by name."""
+def make_figures(studies: Mapping[str, pd.DataFrame]) -> dict[str, Figure]:
+    """Makes the figures, by name; none without results of the small grid."""
     small = studies.get("small")
     if small is None:
         return {}
     layers = resnet.layer_names(ResNetConfig(GRIDS["small"].architecture, n_classes=2))
+    conflict = select(small, rule="weighted_sum", strength=1.0)
     return {
         "never-hurt-strength": figures.harm_by_strength(small),
         "never-hurt-settings": figures.every_setting(small),
-        "never-hurt-conflict": figures.conflict(small, "weighted_sum", 1.0, layers),
+        "never-hurt-conflict": figures.conflict(conflict, layers),
     }
 
 
@@ -92,13 +85,13 @@ def report(folder: Path, out: Path, page: Path | None) -> None:
 
     Args:
         folder: Has the results of each grid, ``small.jsonl`` or ``small.jsonl.gz`` and so on.
-        out: Where they go.
-        page: A Markdown page; what stands between ``<!-- table NAME -->`` and ``<!-- end -->`` in
-            it is replaced. Figures go to ``assets`` beside it, too.
+        out: Where they are written.
+        page: A Markdown page; the text between ``<!-- table NAME -->`` and ``<!-- end -->`` in
+            it is replaced. The figures are also written to ``assets`` next to it.
 
     Raises:
-        ValueError: If there are no results, a grid is not finished, or the page wants a table
-            that there is none of.
+        ValueError: If there are no results, a grid is incomplete, or the page names a table
+            that is not made.
     """
     studies = {name: found for name in GRIDS if (found := study(folder, name)) is not None}
     if not studies:
@@ -107,7 +100,7 @@ def report(folder: Path, out: Path, page: Path | None) -> None:
     made = make_tables(studies)
     for name, rows in made.items():
         files.write(out / f"{name}.md", (as_markdown_table(rows) + "\n").encode())
-        files.write(out / f"{name}.tex", tables.as_latex(rows).encode())
+        files.write(out / f"{name}.tex", as_latex_table(rows).encode())
     for name, figure in make_figures(studies).items():
         for place in [out] if page is None else [out, page.parent / "assets"]:
             figure.savefig(place / f"{name}.png", dpi=150, metadata={"Software": None})
@@ -116,16 +109,16 @@ def report(folder: Path, out: Path, page: Path | None) -> None:
 
 
 def renewed(text: str, made: Mapping[str, Rows]) -> str:
-    """A page with its tables made anew.
+    """Replaces the tables of a page.
 
     Raises:
-        ValueError: If it wants a table that there is none of.
+        ValueError: If the page names a table that is not made.
     """
 
     def table(match: re.Match[str]) -> str:
         name = match[1]
         if name not in made:
-            raise ValueError(f"The page wants a table {name}; there are {', '.join(made)}.")
+            raise ValueError(f"The page names a table {name}; there are {', '.join(made)}.")
         return f"<!-- table {name} -->\n\n{as_markdown_table(made[name])}\n\n<!-- end -->"
 
     return re.sub(r"<!-- table (\S+) -->\n.*?<!-- end -->", table, text, flags=re.DOTALL)

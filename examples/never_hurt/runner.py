@@ -1,15 +1,17 @@
-"""Runs cells in as many processes as asked for; what has been run stays, whoever is killed."""
+"""Runs cells in one or more processes; finished cells are kept if a process is killed."""
 
 import contextlib
 import itertools
 import multiprocessing
 import os
-import queue
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.queues import Queue
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from examples.common.progress import progress
 from examples.never_hurt import images, sources, store, train
@@ -18,13 +20,13 @@ from examples.never_hurt.sources import Pretraining, is_file
 
 
 class Places(NamedTuple):
-    """Where things are.
+    """Paths of inputs and outputs.
 
     Attributes:
         data: Has a folder of images for each data set.
         weights: Has the files of weights that are sources; None if there are none.
         results: The file of results.
-        sources: Where networks trained here are kept.
+        sources: The folder of networks trained here.
     """
 
     data: Path
@@ -36,11 +38,11 @@ class Places(NamedTuple):
 Chunk = list[Cell]
 """Cells that run at once."""
 Job = Pretraining | list[Chunk]
-"""What one process does: trains a source, or runs all chunks of one program."""
+"""Work for one process: a source to train, or all chunks of one program."""
 
 
 class WorkerError(RuntimeError):
-    """A process of the runner died or failed; what others had done is kept."""
+    """A worker process failed or died; finished cells are kept."""
 
 
 def run_missing(
@@ -49,15 +51,16 @@ def run_missing(
     """Runs the cells that have no result yet.
 
     Args:
-        cells: All that shall have a result.
-        places: Where things are.
-        workers: Processes; each computes on one core of its own.
-        lanes: Cells that run at once in each, by `jax.vmap`: for a GPU. On a CPU one is fastest.
-        pretraining_steps: How long sources that are not there are trained.
+        cells: The cells that shall have a result.
+        places: Paths of inputs and outputs.
+        workers: The number of processes; each computes on its own core.
+        lanes: Cells that each process runs at once with `jax.vmap`, for a GPU. On a CPU, 1 is
+            fastest.
+        pretraining_steps: Training steps of the sources that do not exist yet.
 
     Raises:
-        ValueError: If there is no worker, or no lane.
-        WorkerError: If a process failed.
+        ValueError: If ``workers`` or ``lanes`` is below 1.
+        WorkerError: If a worker process failed or died.
     """
     for name, value in (("workers", workers), ("lanes", lanes)):
         if value < 1:
@@ -84,7 +87,7 @@ def _pretraining(cell: Cell, steps: int) -> Pretraining:
 
 
 def _grouped(cells: Sequence[Cell], lanes: int) -> list[Job]:
-    """A job for each program, so that it is compiled by one process alone."""
+    """One job per program, so that only one process compiles it."""
     jobs: list[Job] = []
     for _, group in itertools.groupby(sorted(cells, key=_shapes), _shapes):
         ordered = sorted(group, key=lambda cell: (cell.source, cell.seed, cell.strength))
@@ -93,7 +96,7 @@ def _grouped(cells: Sequence[Cell], lanes: int) -> list[Job]:
 
 
 def _shapes(cell: Cell) -> tuple[str, ...]:
-    """Cells that differ here differ in their programs, or in the shapes of their arrays."""
+    """The settings that decide the program of a cell and the shapes of its arrays."""
     source = cell.source if train.has_head(cell.regularizer) else ""
     data = cell.target, cell.images_per_class, cell.image_size, cell.batch_size
     return tuple(
@@ -106,7 +109,7 @@ def _run_jobs(
     places: Places,
     workers: int,
     pretraining_steps: int,
-    advance: Callable[[], None],
+    advance: Callable[..., None],
 ) -> None:
     if workers == 1:
         with one_core(0):
@@ -114,68 +117,48 @@ def _run_jobs(
                 for _ in _do(job, places, pretraining_steps):
                     advance()
         return
-    context = multiprocessing.get_context("spawn")
-    to_do, done = context.Queue(), context.Queue()
-    for job in jobs:
-        to_do.put(job)
-    for _ in range(workers):
-        to_do.put(None)
-    processes = [
-        context.Process(
-            target=_work, args=(number, to_do, done, places, pretraining_steps), daemon=True
-        )
-        for number in range(workers)
-    ]
-    for process in processes:
-        process.start()
+    context = multiprocessing.get_context("spawn")  # JAX does not support fork
+    numbers = context.SimpleQueue()
+    for number in range(workers):
+        numbers.put(number)
+    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(numbers,))
     try:
-        _follow(processes, done, advance)
+        futures = [pool.submit(_finish, job, places, pretraining_steps) for job in jobs]
+        for future in as_completed(futures):
+            advance(future.result())
+    except BrokenProcessPool as error:
+        raise WorkerError(
+            "A worker process died. Finished cells are kept: start again to continue."
+        ) from error
     finally:
-        for process in processes:
-            process.terminate()
-            process.join()
+        pool.shutdown(cancel_futures=True)
 
 
-def _follow(processes: Sequence[Any], done: Queue, advance: Callable[[], None]) -> None:
-    finished = 0
-    while finished < len(processes):
-        try:
-            message = done.get(timeout=1)
-        except queue.Empty:
-            # One that ended well has said so, so the queue has that message, or had it.
-            dead = [each for each in processes if each.exitcode not in (None, 0)]
-            if dead:
-                raise WorkerError(
-                    f"A process died with exit code {dead[0].exitcode}. What was run is kept: "
-                    "start again to go on."
-                ) from None
-            continue
-        if message is None:
-            finished += 1
-        elif isinstance(message, str):
-            raise WorkerError(f"A process failed: {message} What was run is kept.")
-        else:
-            advance()
+def _start_worker(numbers: SimpleQueue[int]) -> None:
+    """Pins a worker to its own core, and makes it end with its parent and on Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _pin(numbers.get())
 
 
-def _work(number: int, to_do: Queue, done: Queue, places: Places, pretraining_steps: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the processes
-    parent = os.getppid()
+def _exit_with_parent() -> None:
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _finish(job: Job, places: Places, pretraining_steps: int) -> int:
+    """Does a job in a worker; returns the number of its sources or cells."""
     try:
-        with one_core(number):
-            while (job := to_do.get()) is not None:
-                for _ in _do(job, places, pretraining_steps):
-                    done.put(True)
-                    if os.getppid() != parent:
-                        return
-    except Exception as error:
-        done.put(f"{type(error).__name__}: {error}")
-        return
-    done.put(None)
+        return sum(1 for _ in _do(job, places, pretraining_steps))
+    except Exception as error:  # not every exception can be sent to the parent
+        raise WorkerError(
+            f"A worker process failed: {type(error).__name__}: {error} Finished cells are kept."
+        ) from error
 
 
 def _do(job: Job, places: Places, pretraining_steps: int) -> Iterator[None]:
-    """Does a job; yields once for the source, or for each cell."""
+    """Does a job; yields once for a source, or after each cell."""
     if isinstance(job, Pretraining):
         sources.obtain(job, places.data, places.sources, places.weights)
         yield
@@ -187,7 +170,7 @@ def _do(job: Job, places: Places, pretraining_steps: int) -> Iterator[None]:
 
 
 def prepare(cell: Cell, places: Places, pretraining_steps: int) -> train.Prepared:
-    """Reads what a cell needs; its source is trained first if it is not there."""
+    """Reads the data and the source of a cell; the source is trained first if necessary."""
     pretraining = _pretraining(cell, pretraining_steps)
     return train.Prepared(
         cell,
@@ -198,17 +181,21 @@ def prepare(cell: Cell, places: Places, pretraining_steps: int) -> train.Prepare
 
 @contextlib.contextmanager
 def one_core(number: int) -> Iterator[None]:
-    """Computes on one core, where the system can be asked to.
+    """Computes on one core, where the system supports it.
 
-    XLA divides sums among the cores that it finds when it begins, so a cell would come out
-    otherwise by the number of workers and of cores.
+    XLA divides sums among the cores that it finds when it starts. On one core, results do not
+    depend on the number of workers and cores.
     """
-    if not hasattr(os, "sched_setaffinity"):
-        yield
-        return
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {sorted(cores)[number % len(cores)]})
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else None
+    _pin(number)
     try:
         yield
     finally:
-        os.sched_setaffinity(0, cores)
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
+
+
+def _pin(number: int) -> None:
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[number % len(cores)]})

@@ -1,4 +1,4 @@
-"""The networks that fine-tuning starts from: trained here once and kept, or given as files."""
+"""The pre-trained networks: trained once and stored, or read from given files."""
 
 import functools
 import hashlib
@@ -18,27 +18,27 @@ from examples.never_hurt import batches, images
 from examples.never_hurt.images import Images
 
 RANDOM_WEIGHTS = "random_weights"
-"""Never trained: fine-tuning from it is training from scratch."""
+"""An untrained network: fine-tuning from it is training from scratch."""
 RANDOM_LABELS = "random_labels_"
-"""Before the name of a data set: its images, each with a label that was drawn."""
+"""The prefix of a data set whose labels are replaced by random ones."""
 
 
 @dataclass(frozen=True)
 class Pretraining:
-    """How a source is trained."""
+    """The settings that a source is trained with."""
 
     source: str
     """A data set, or random_labels_ and a data set, or random_weights."""
     architecture: str
-    """Of the network."""
+    """The network, see `examples.common.resnet`."""
     image_size: int
-    """Height and width of what it sees, in pixels."""
+    """Height and width of its input, in pixels."""
     steps: int = 2500
     """Steps of SGD."""
     batch_size: int = 128
     """Images in a step."""
     learning_rate: float = 0.1
-    """At the beginning; it falls to 0 along a cosine."""
+    """The initial learning rate; it decays to 0 along a cosine."""
     weight_decay: float = 5e-4
     """Of all parameters."""
     seed: int = 0
@@ -46,7 +46,7 @@ class Pretraining:
 
     @property
     def file_name(self) -> str:
-        """What its network is kept as: another one for other settings."""
+        """The name of the file of the network, which depends on all settings."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
         return f"{self.source}-{self.architecture}-{self.image_size}px-{digest[:8]}.safetensors"
 
@@ -58,27 +58,29 @@ def is_file(source: str) -> bool:
 
 @functools.lru_cache(maxsize=8)
 def obtain(pretraining: Pretraining, data: Path, kept: Path, weights: Path | None) -> Pretrained:
-    """Loads a source, which is trained first if it is not there.
+    """Loads a source; it is trained first if its file does not exist.
 
     Args:
-        pretraining: Which source, and how it is trained.
+        pretraining: The source and its settings.
         data: Has a folder of images for each data set.
-        kept: Where trained networks are kept.
-        weights: Where files of weights are.
+        kept: The folder of the networks that are trained here.
+        weights: The folder of the given files; None if there is none.
 
     Returns:
         The network, with its own head.
 
     Raises:
-        ValueError: If a file is not of the architecture, or there is no place for files.
+        ValueError: If a file has another architecture, or ``weights`` is needed and None.
     """
     if is_file(pretraining.source):
         if weights is None:
-            raise ValueError(f"The source {pretraining.source} is a file: say where, by --weights.")
+            raise ValueError(
+                f"The source {pretraining.source} is a file: pass its folder by --weights."
+            )
         source = pretrained.load(str(weights / pretraining.source))
         if source.config.architecture != pretraining.architecture:
             raise ValueError(
-                f"{pretraining.source} is a {source.config.architecture}, the cell a "
+                f"{pretraining.source} is a {source.config.architecture}, but the cell needs a "
                 f"{pretraining.architecture}."
             )
         return source
@@ -91,7 +93,7 @@ def obtain(pretraining: Pretraining, data: Path, kept: Path, weights: Path | Non
 
 
 def train(pretraining: Pretraining, data: Path) -> tuple[ResNetConfig, Network, dict[str, str]]:
-    """Trains a source; the last is what it came to."""
+    """Trains a source; returns the network and its accuracies."""
     if pretraining.source == RANDOM_WEIGHTS:
         config = ResNetConfig(pretraining.architecture, n_classes=10)
         return config, resnet.init(config, pretraining.seed), {}
@@ -150,7 +152,7 @@ def _sgd(pretraining: Pretraining, config: ResNetConfig, train_images: Images) -
 
 
 def accuracy(config: ResNetConfig, network: Network, held_out: Images, chunk: int = 256) -> float:
-    """The share of images that a network gets right, on its running averages."""
+    """The share of images that a network classifies correctly, in evaluation mode."""
     n = len(held_out.labels)
     right = 0
     for start in range(0, n, chunk):

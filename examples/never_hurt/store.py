@@ -1,4 +1,4 @@
-"""The one file of results: a line for each cell, there whole or not at all."""
+"""The file of results: JSON lines, one per cell, each written atomically."""
 
 import gzip
 import json
@@ -11,38 +11,39 @@ from examples.never_hurt.cell import Result
 
 
 def append(path: Path, result: Result) -> None:
-    """Adds a line by a single write, which processes may do at the same time.
+    """Appends a result with a single write, so that several processes can append at once.
 
     Args:
-        path: The file; it and its folder are made if they are not there.
-        result: What to add.
+        path: The file; it and its folder are created if they do not exist.
+        result: The result.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = result.to_json().encode() + b"\n"
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        # What a killed process left unfinished shall not take this line with it.
+        # A line that a killed process left unfinished must not swallow this one.
         size = os.fstat(file).st_size
         if size and os.pread(file, 1, size - 1) != b"\n":
             line = b"\n" + line
         if os.write(file, line) != len(line):
-            raise OSError(f"{path} took only a part of a result: is the disk full?")
+            raise OSError(f"A result was written to {path} only in part: is the disk full?")
         os.fsync(file)
     finally:
         os.close(file)
 
 
 def read(path: Path) -> dict[str, Result]:
-    """Reads all results, by the keys of their cells; of a cell that was run twice the first.
+    """Reads all results.
 
     Args:
-        path: The file, which need not be there; one that ends in .gz is compressed.
+        path: The file, compressed if it ends in .gz. It may be missing.
 
     Returns:
-        The results, in the order of the file.
+        The results by the keys of their cells, in the order of the file. Of several results of
+        one cell, the first is returned.
 
     Raises:
-        ValueError: If a line that is whole is no result.
+        ValueError: If a complete line is not a result.
     """
     results: dict[str, Result] = {}
     if path.exists():
@@ -50,10 +51,10 @@ def read(path: Path) -> dict[str, Result]:
             try:
                 result = Result.from_json(line)
             except json.JSONDecodeError:
-                warnings.warn(f"{path}:{number} is cut off, and left out.", stacklevel=2)
+                warnings.warn(f"{path}:{number} is incomplete and ignored.", stacklevel=2)
                 continue
             except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}:{number} is no result: {error}") from error
+                raise ValueError(f"{path}:{number} is not a result: {error}") from error
             results.setdefault(result.cell.key, result)
     return results
 

@@ -1,287 +1,175 @@
-"""Every table, as rows of text whose first is the head."""
+"""Every table of the report, as rows of text; the first row is the header."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from examples.never_hurt import analysis
-from examples.never_hurt.analysis import WEIGHTED_SUM, Estimate, Interval, Setting, Study
-from examples.never_hurt.grids import KINDS
+from examples.never_hurt.analysis import (
+    PAIR,
+    SETTING,
+    TAIL,
+    TASK,
+    WEIGHTED_SUM,
+    select,
+    values,
+)
+from examples.never_hurt.labels import label, points
 from examples.never_hurt.sources import RANDOM_WEIGHTS
 
 Rows = list[list[str]]
 
-LABELS = {
-    "weighted_sum": "weighted sum",
-    "dtnh_global": "DTNH, the paper's (global)",
-    "dtnh_layer": "DTNH, the paper's (layer)",
-    "gradient_cosine": "gradient cosine",
-    "dynamic_barrier": "dynamic barrier",
-    "bloop": "BLOOP",
-    "pcgrad": "PCGrad",
-    "agem": "A-GEM",
-    "mgda": "MGDA",
-    "imtl_g": "IMTL-G",
-    "upgrad": "UPGrad",
-    "cagrad": "CAGrad",
-    "config": "ConFIG",
-    "gate": "gate (layer)",
-    "bounded_dtnh": "bounded DTNH",
-    "gate_bounded": "gate, bound 1",
-    "gate_bounded_0.3": "gate, bound 0.3",
-    "project_bounded": "projection, bound 1",
-    "cosine_bounded": "cosine, bound 1",
-    "element_bounded": "gate by number, bound 1",
-    "keep_bounded": "bound 1 alone",
-    "average_gate_bounded": "gate against an average (0.99), bound 1",
-    "momenta_gate": "momenta: gate, no bound",
-    "momenta_gate_0.3": "momenta: gate, bound 0.3",
-    "momenta_gate_2": "momenta: gate, bound 2",
-    "momenta_project": "momenta: projection, bound 1",
-    "momenta_cosine": "momenta: cosine, bound 1",
-    "momenta_keep": "momenta: bound 1 alone",
-    "momenta_global": "momenta: gate of all layers as one, bound 1",
-    "momenta_element": "momenta: gate by number, bound 1",
-    "placebo": "placebo: the preset on noise",
-    "l2_sp": "L2-SP",
-    "distillation": "distillation",
-    "feature_distillation": "feature distillation",
-    "attention_transfer": "attention transfer",
-    "delta": "DELTA",
-    "batch_spectral_shrinkage": "BSS",
-    "tinyimagenet": "Tiny-ImageNet",
-    "gtsrb": "GTSRB",
-    "medmnist": "MedNIST",
-    "random_labels_imagenette": "Imagenette, random labels",
-    "random_weights": "random weights",
-    "cifar10_resnet20.safetensors": "CIFAR-10 (public weights)",
-    "caltech101": "Caltech-101",
-    "cifar10": "CIFAR-10 (JPEG)",
-    "scene15": "15-Scenes",
-    "flowers17": "Flowers-17",
-    "dtd10": "DTD-10",
-}
 
+def cross(
+    cells: pd.DataFrame, down: Sequence[str], across: str, text: Callable[[pd.DataFrame], str]
+) -> Rows:
+    """A cross table.
 
-def label(name: str) -> str:
-    """What a name is called in tables and figures."""
-    return LABELS.get(name, name.replace("_", " "))
+    Args:
+        cells: Rows of any frame.
+        down: There is a row for each combination of values of these columns.
+        across: There is a column for each value of this column.
+        text: From the cells of a row and a column to the text there; without cells it is empty.
 
-
-def points(value: float) -> str:
-    """Percentage points, with a real minus."""
-    return f"{value:+.1f}".replace("-", "−").replace("+0.0", "0.0").replace("−0.0", "0.0")
-
-
-def estimate(value: Estimate) -> str:
-    """A mean and its interval."""
-    return f"{points(value.mean)} ± {value.half_width:.1f}"
-
-
-def interval(value: Interval) -> str:
-    """A mean and its interval."""
-    return f"{points(value.mean)} [{points(value.low)}, {points(value.high)}]"
-
-
-def short(setting: Setting) -> str:
-    """A setting in a cell of a table."""
-    where = f"{label(setting.source)} → {label(setting.target)}"
-    return f"{where}, {label(setting.regularizer)} × {setting.strength:g}"
-
-
-def plain(study: Study) -> Rows:
-    """Accuracy of plain fine-tuning, mean and standard deviation over seeds."""
-    sources = list(dict.fromkeys(pair.source for pair in study.plain))
-    targets = list(dict.fromkeys(pair.target for pair in study.plain))
-    rows = [["source", "kind", *map(label, targets)]]
-    for source in sources:
-        row = [label(source), KINDS[source]]
-        for target in targets:
-            values = [*study.plain[analysis.Pair(source, target)].values()]
-            row.append(f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}")
-        rows.append(row)
+    Returns:
+        The table.
+    """
+    columns = values(cells, across)
+    rows = [[*down, *map(label, columns)]]
+    for names, of_row in cells.groupby([*down], sort=False):
+        parts = [select(of_row, **{across: column}) for column in columns]
+        rows.append([*map(label, names), *(text(part) if len(part) else "" for part in parts)])
     return rows
 
 
-def verdicts(study: Study, against: Literal["plain", "the sum", "scratch"] = "plain") -> Rows:
-    """For each rule how often it falls below plain fine-tuning, or below something else."""
-    difference = {
-        "plain": study.against_plain,
-        "the sum": study.against_sum,
-        "scratch": study.against_scratch,
-    }[against]
+def plain(cells: pd.DataFrame) -> Rows:
+    """Accuracy of plain fine-tuning, mean and standard deviation over seeds."""
+
+    def text(part: pd.DataFrame) -> str:
+        return f"{part['plain'].mean():.1f} ± {part['plain'].std():.1f}"
+
+    return cross(cells.drop_duplicates([*PAIR, "seed"]), ["source", "kind"], "target", text)
+
+
+def verdicts(cells: pd.DataFrame, against: str = "plain") -> Rows:
+    """For each rule how many settings are below plain fine-tuning, "the sum" or "scratch"."""
+    if against == "the sum":
+        cells = cells[cells["rule"] != WEIGHTED_SUM]
+    if against == "scratch":
+        cells = cells[cells["source"] != RANDOM_WEIGHTS]
+    difference = f"against_{against.removeprefix('the ')}"
+    estimates = analysis.estimates(cells, difference)
     rows = [["rule", "settings", "mean", f"below {against}", "at once", "above", "worst setting"]]
-    for rule in study.rules:
-        if against == "the sum" and rule == WEIGHTED_SUM:
-            continue
-        settings = study.settings(rule=rule)
-        if against == "scratch":
-            settings = [each for each in settings if each.source != RANDOM_WEIGHTS]
-        found = analysis.verdict(settings, difference)
+    for rule, found in analysis.verdicts(estimates).iterrows():
+        by_chance = f"({found['settings'] * TAIL:.1f})"
         rows.append(
             [
                 label(rule),
-                str(found.n_settings),
-                points(found.mean),
-                f"{found.n_below} ({found.by_chance:.1f})",
-                str(found.n_below_at_once),
-                f"{found.n_above} ({found.by_chance:.1f})",
-                f"{estimate(found.worst_estimate)}: {short(found.worst)}",
+                f"{found['settings']}",
+                points(found["mean"]),
+                f"{found['below']} {by_chance}",
+                f"{found['at_once']}",
+                f"{found['above']} {by_chance}",
+                f"{_estimate(estimates, found['worst'])}: {_setting(*found['worst'])}",
             ]
         )
     return rows
 
 
-def settings(study: Study) -> Rows:
-    """Each setting by itself."""
-    estimated = analysis.estimates([*study.accuracy], study.against_plain)
-    rows = [["setting", *map(label, study.rules)]]
-    for each in dict.fromkeys(setting._replace(rule="") for setting in study.accuracy):
-        of_rules = (each._replace(rule=rule) for rule in study.rules)
-        rows.append([short(each), *(estimate(estimated[setting]) for setting in of_rules)])
-    return rows
+def settings(cells: pd.DataFrame) -> Rows:
+    """The mean difference of each setting from plain fine-tuning, and its interval."""
+    estimates = analysis.estimates(cells, "against_plain")
+    names = [_setting(*index) for index in estimates.index]
+    return cross(
+        estimates.reset_index().assign(setting=names, index=estimates.index),
+        ["setting"],
+        "rule",
+        lambda part: _estimate(estimates, part["index"].iloc[0]),
+    )
 
 
-def by_strength(study: Study, **wanted: object) -> Rows:
+def by_strength(cells: pd.DataFrame) -> Rows:
     """For each rule and strength the mean over sources and targets, and its interval."""
-    rows = [["rule", *(f"λ × {strength:g}" for strength in study.strengths)]]
-    for rule in study.rules:
-        row = [label(rule)]
-        for strength in study.strengths:
-            settings = study.settings(rule=rule, strength=strength, **wanted)
-            row.append(_mean_of(settings, study.against_plain))
-        rows.append(row)
-    return rows
+    return cross(cells, ["rule"], "strength", _gain)
 
 
-def worst_by_pair(study: Study, rules: Sequence[str]) -> Rows:
+def worst_by_pair(cells: pd.DataFrame) -> Rows:
     """For each source and target the worst setting over strengths and regularizers, by rule."""
-    rows = [["source", "target", *map(label, rules)]]
-    for pair in study.plain:
-        row = [label(pair.source), label(pair.target)]
-        for rule in rules:
-            settings = study.settings(source=pair.source, target=pair.target, rule=rule)
-            row.append(points(min(float(study.against_plain(each).mean()) for each in settings)))
-        rows.append(row)
-    return rows
+    return cross(cells, PAIR, "rule", lambda part: points(_setting_means(part).min()))
 
 
-def against_sum(study: Study) -> Rows:
+def against_sum(cells: pd.DataFrame) -> Rows:
     """For each rule and strength: wins, ties and losses against the weighted sum."""
-    rows = [["rule", *(f"λ × {strength:g}" for strength in study.strengths), "all"]]
-    for rule in study.rules:
-        if rule == WEIGHTED_SUM:
-            continue
-        row = [label(rule)]
-        total = np.zeros(3, int)
-        for strength in study.strengths:
-            counts = analysis.win_tie_loss(study.settings(rule=rule, strength=strength), study)
-            total += counts
-            row.append(" / ".join(map(str, counts)))
-        rows.append([*row, " / ".join(map(str, total.tolist()))])
+    strengths = values(cells, "strength")
+    rows = [["rule", *map(label, strengths), "all"]]
+    for rule, of_rule in cells[cells["rule"] != WEIGHTED_SUM].groupby("rule", sort=False):
+        counts = [analysis.win_tie_loss(select(of_rule, strength=each)) for each in strengths]
+        counts = np.array([*counts, np.sum(counts, axis=0)])
+        rows.append([label(rule), *(" / ".join(map(str, each)) for each in counts.tolist())])
     return rows
 
 
-def gains(study: Study) -> Rows:
-    """What each rule gains at the strength that validation images choose."""
-    head = ["rule"]
-    head += [f"{label(each)}: gain" for each in study.regularizers]
-    rows = [[*head, "all: gain", "share of the weighted sum's"]]
-    for rule in study.rules:
-        best = analysis.best_gains(study, rule)
-        row = [label(rule)]
-        for regularizer in study.regularizers:
-            of_it = [[gain.at_best] for (_, name), gain in best.items() if name == regularizer]
-            row.append(interval(analysis.bootstrap_mean(of_it)))
-        groups: dict[analysis.Pair, list[np.ndarray]] = {}
-        for (pair, _), gain in best.items():
-            groups.setdefault(pair, []).append(gain.at_best)
-        row.append(interval(analysis.bootstrap_mean([*groups.values()])))
-        if rule == WEIGHTED_SUM:
-            row.append("")
-        else:
-            kept = analysis.kept_gain(study, rule)
-            row.append(f"{kept.mean:.2f} [{kept.low:.2f}, {kept.high:.2f}]")
-        rows.append(row)
-    return rows
+def gains(cells: pd.DataFrame) -> Rows:
+    """The gain of each rule at the strength that is best on validation images."""
+    best = analysis.at_best_strength(cells)
+    [head, *rows] = cross(best, ["rule"], "regularizer", _gain)
+    for row, (rule, of_rule) in zip(rows, best.groupby("rule", sort=False), strict=True):
+        kept = analysis.kept_gain(best, str(rule))
+        share = f"{kept.mean:.2f} [{kept.low:.2f}, {kept.high:.2f}]"
+        row += [_gain(of_rule), "" if rule == WEIGHTED_SUM else share]
+    head[1:] = [f"{name}: gain" for name in (*head[1:], "all")]
+    return [[*head, "share of the weighted sum's"], *rows]
 
 
-def best_by_pair(study: Study, rules: Sequence[str]) -> Rows:
-    """The gain at the best strength, pair by pair."""
-    best: Mapping = {rule: analysis.best_gains(study, rule) for rule in rules}
-    rows = [["source", "target", "regularizer", *map(label, rules)]]
-    for pair, regularizer in best[rules[0]]:
-        row = [label(pair.source), label(pair.target), label(regularizer)]
-        for rule in rules:
-            gain = best[rule][pair, regularizer]
-            row.append(f"{points(float(gain.at_best.mean()))} (λ × {gain.strength:g})")
-        rows.append(row)
-    return rows
+def best_by_pair(cells: pd.DataFrame) -> Rows:
+    """The gain at the best strength, task by task."""
+
+    def text(part: pd.DataFrame) -> str:
+        return f"{points(part['against_plain'].mean())} ({label(part['strength'].iloc[0])})"
+
+    return cross(analysis.at_best_strength(cells), TASK, "rule", text)
 
 
-def by_rule(study: Study) -> Rows:
+def by_rule(cells: pd.DataFrame) -> Rows:
     """For each rule and regularizer the mean over pairs and strengths, and the worst setting."""
-    head = [f"{label(name)}: {what}" for name in study.regularizers for what in ("mean", "worst")]
-    rows = [["rule", *head]]
-    for rule in study.rules:
-        row = [label(rule)]
-        for regularizer in study.regularizers:
-            settings = study.settings(regularizer=regularizer, rule=rule)
-            estimated = analysis.estimates(settings, study.against_plain)
-            row.append(points(float(np.mean([each.mean for each in estimated.values()]))))
-            row.append(points(min(each.mean for each in estimated.values())))
-        rows.append(row)
+    regularizers = values(cells, "regularizer")
+    rows = [["rule", *(f"{label(x)}: {what}" for x in regularizers for what in ("mean", "worst"))]]
+    for rule, of_rule in cells.groupby("rule", sort=False):
+        means = [_setting_means(select(of_rule, regularizer=each)) for each in regularizers]
+        rows.append(
+            [label(rule), *(points(x) for each in means for x in (each.mean(), each.min()))]
+        )
     return rows
 
 
-def by_regularizer(study: Study) -> Rows:
-    """For each rule and regularizer the mean over pairs at each strength, and the worst setting."""
-    rows = [["regularizer", "rule", *(f"λ × {x:g}" for x in study.strengths), "worst setting"]]
-    for regularizer in study.regularizers:
-        for rule in study.rules:
-            of_rule = study.settings(regularizer=regularizer, rule=rule)
-            if not of_rule:
-                continue
-            row = [label(regularizer), label(rule)]
-            for strength in study.strengths:
-                settings = [each for each in of_rule if each.strength == strength]
-                row.append(_mean_of(settings, study.against_plain, digits_only=True))
-            estimated = analysis.estimates(of_rule, study.against_plain)
-            worst = min(of_rule, key=lambda each: estimated[each].mean)
-            rows.append([*row, estimate(estimated[worst])])
+def by_regularizer(cells: pd.DataFrame) -> Rows:
+    """For each regularizer and rule the mean over pairs at each strength, and the worst setting."""
+    down = ["regularizer", "rule"]
+    rows = cross(cells, down, "strength", lambda part: points(_setting_means(part).mean()))
+    rows[0].append("worst setting")
+    for row, (_, part) in zip(rows[1:], cells.groupby(down, sort=False), strict=True):
+        estimates = analysis.estimates(part, "against_plain")
+        row.append(_estimate(estimates, estimates["mean"].idxmin()))
     return rows
 
 
-def _mean_of(
-    settings: Sequence[Setting],
-    difference: Callable[[Setting], np.ndarray],
-    digits_only: bool = False,
-) -> str:
-    if not settings:
-        return ""
-    if digits_only:
-        return points(float(np.mean([difference(each).mean() for each in settings])))
-    return interval(analysis.bootstrap_mean(analysis.by_pair(settings, difference)))
+def _setting_means(cells: pd.DataFrame) -> pd.Series:
+    return cells.groupby(SETTING)["against_plain"].mean()
 
 
-def as_latex(rows: Rows) -> str:
-    """A table for a paper, in booktabs."""
-
-    def line(row: Sequence[str]) -> str:
-        return " & ".join(_latex_text(cell) for cell in row) + r" \\"
-
-    head, *body = rows
-    columns = "l" + "r" * (len(head) - 1)
-    parts = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", line(head), r"\midrule"]
-    return "\n".join([*parts, *map(line, body), r"\bottomrule", r"\end{tabular}", ""])
+def _setting(source: str, target: str, regularizer: str, rule: str, strength: float) -> str:
+    """Names a setting of a rule that the row or the column names."""
+    del rule
+    return f"{label(source)} → {label(target)}, {label(regularizer)} × {strength:g}"
 
 
-_LATEX = {
-    "&": r"\&", "%": r"\%", "_": r"\_", "−": "$-$", "±": r"$\pm$", "→": r"$\to$",
-    "λ": r"$\lambda$", "×": r"$\times$",
-}  # fmt: skip
+def _estimate(estimates: pd.DataFrame, index: Any) -> str:
+    found: Any = estimates.loc[index]
+    return f"{points(found['mean'])} ± {found['half_width']:.1f}"
 
 
-def _latex_text(text: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in text)
+def _gain(cells: pd.DataFrame) -> str:
+    mean, low, high = map(points, analysis.bootstrap_mean(cells, "against_plain"))
+    return f"{mean} [{low}, {high}]"

@@ -1,4 +1,4 @@
-"""One cell from beginning to end, or several that differ in numbers alone at once."""
+"""Runs one cell, or at once several cells that share a compiled program."""
 
 import functools
 import math
@@ -23,12 +23,13 @@ from examples.never_hurt.batches import Plan
 from examples.never_hurt.cell import NONE, Cell, Result
 from examples.never_hurt.images import Splits
 from examples.never_hurt.rules import RULES, Setting
+from examples.never_hurt.version import version
 
 QUARTERS = 4
 
 
 class Program(NamedTuple):
-    """What is compiled once: cells that share it differ in numbers alone."""
+    """The static settings of a cell. Cells with equal programs share one compilation."""
 
     regularizer: str
     rule: str
@@ -38,7 +39,7 @@ class Program(NamedTuple):
 
 
 class Task(NamedTuple):
-    """The numbers of a cell: arrays and scalars.
+    """The arrays and scalars of a cell.
 
     Attributes:
         images: All training images, ``(n, size, size, 3)``, uint8.
@@ -56,27 +57,28 @@ class Task(NamedTuple):
 
 
 class State(NamedTuple):
-    """What changes in training."""
+    """The state of training."""
 
     network: Network
     opt_state: Any
 
 
-class _Conflict(NamedTuple):
-    per_group: dtnh_jax.Conflict
-    total: dtnh_jax.Conflict
-
-
 class Measured(NamedTuple):
-    """What a step leaves behind: of the batch, and by layer where there is a regularizer."""
+    """The measurements of a step.
+
+    Attributes:
+        loss: On the batch.
+        accuracy: On the batch.
+        conflict: Of the two gradients, by layer; None without a regularizer.
+    """
 
     loss: jax.Array
     accuracy: jax.Array
-    conflict: _Conflict | None
+    conflict: dtnh_jax.ConflictStats | None
 
 
 class Prepared(NamedTuple):
-    """A cell with everything that it needs."""
+    """A cell with its source and its images."""
 
     cell: Cell
     source: Pretrained
@@ -84,12 +86,12 @@ class Prepared(NamedTuple):
 
 
 def has_head(regularizer: str) -> bool:
-    """Whether a regularizer looks at what the source's own head says."""
+    """Whether a regularizer uses the source's own head."""
     return regularizer in ("distillation", "logit_matching", "label_smoothing")
 
 
 def run(prepared: Sequence[Prepared]) -> list[Result]:
-    """Runs cells of one program; more than one by `jax.vmap`, as one.
+    """Runs cells of one program, several of them at once with `jax.vmap`.
 
     Args:
         prepared: The cells. They share regularizer, rule, shapes and steps.
@@ -98,37 +100,36 @@ def run(prepared: Sequence[Prepared]) -> list[Result]:
         Their results, in the same order.
 
     Raises:
-        ValueError: If they are not of one program.
+        ValueError: If the cells have different programs.
     """
     [*programs] = {program_of(each) for each in prepared}
     if len(programs) != 1:
         raise ValueError("Cells that run at once must share regularizer, rule, shapes and steps.")
     [program] = programs
-    step = _step_of_one if len(prepared) == 1 else _step_of_many
     task, state, plan = _stack([_start(program, each) for each in prepared])
     measured = []
     started = 0.0
     for i in range(program.steps):
-        state, of_step = step(program, state, task, jax.tree.map(lambda x, i=i: x[:, i], plan))
+        state, of_step = _step_of_lanes(
+            program, state, task, jax.tree.map(lambda x, i=i: x[:, i], plan)
+        )
         measured.append(of_step)
-        if i == 0:  # which compiles
+        if i == 0:  # the step that compiles
             jax.block_until_ready(state)
             started = time.perf_counter()
     history = jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves], 1), *measured)
     seconds = (time.perf_counter() - started) / len(prepared)
-    has_regularizer = program.regularizer != NONE
-    names = dtnh_jax.conflict_stats(state.opt_state).groups if has_regularizer else ()
     results = []
     for lane, each in enumerate(prepared):
         network, of_steps = jax.tree.map(lambda x, lane=lane: x[lane], (state.network, history))
-        results.append(_result(program, each, network, of_steps, names, seconds))
+        results.append(_result(program, each, network, of_steps, seconds))
     return results
 
 
 def program_of(prepared: Prepared) -> Program:
-    """What a cell compiles to."""
+    """The program of a cell."""
     cell, source, splits = prepared
-    # Sources differ in their heads: where no one looks at those, they share a program.
+    # Sources have different heads. Where the head is not used, sources share a program.
     n_classes = source.config.n_classes if has_head(cell.regularizer) else 1
     return Program(
         cell.regularizer,
@@ -161,7 +162,7 @@ def _start(program: Program, prepared: Prepared) -> tuple[Task, State, Plan]:
 
 
 def make_optimizer(program: Program, task: Task) -> optax.GradientTransformationExtraArgs:
-    """From a pair of gradients to updates."""
+    """The optimizer of a cell, from pairs of gradients to updates."""
     rate = optax.cosine_decay_schedule(1.0, program.steps)
     return RULES[program.rule](
         Setting(task.reg_weight, lambda count: task.learning_rate * rate(count), _mask(program))
@@ -197,23 +198,19 @@ def _step(program: Program, state: State, task: Task, plan: Plan) -> tuple[State
     updates, opt_state = optimizer.update(pair, state.opt_state, params)
     network = Network(optax.apply_updates(params, updates), output.batch_stats)
     right = jnp.argmax(output.logits, axis=-1) == task.labels[plan.which]
-    conflict = None
-    if program.regularizer != NONE:
-        stats = dtnh_jax.conflict_stats(opt_state)
-        conflict = _Conflict(stats.per_group, stats.total)
+    conflict = None if program.regularizer == NONE else dtnh_jax.conflict_stats(opt_state)
     return State(network, opt_state), Measured(loss, jnp.mean(right), conflict)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _step_of_one(program: Program, state: State, task: Task, plan: Plan) -> Any:
-    """A step of a single lane: `jax.vmap` makes convolutions slow on a CPU, for one lane too."""
+def _step_of_lanes(program: Program, state: State, task: Task, plan: Plan) -> Any:
+    """A step of all lanes."""
+    step = functools.partial(_step, program)
+    if len(plan.which) > 1:
+        return jax.vmap(step)(state, task, plan)
+    # On a CPU, jax.vmap makes convolutions slow even for a single lane.
     only = jax.tree.map(lambda x: x[0], (state, task, plan))
-    return jax.tree.map(lambda x: x[None], _step(program, *only))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _step_of_many(program: Program, state: State, task: Task, plan: Plan) -> Any:
-    return jax.vmap(functools.partial(_step, program))(state, task, plan)
+    return jax.tree.map(lambda x: x[None], step(*only))
 
 
 def _gradients(program: Program, network: Network, task: Task, plan: Plan) -> Any:
@@ -249,7 +246,6 @@ def _result(
     prepared: Prepared,
     network: Network,
     history: Measured,
-    names: Sequence[str],
     seconds: float,
 ) -> Result:
     cell, _, splits = prepared
@@ -259,7 +255,7 @@ def _result(
         by_layer = _by_quarter(history.conflict.per_group.conflict)
         conflict = {
             name: [round(share, 2) for share in shares]
-            for name, shares in zip(names, by_layer.tolist(), strict=True)
+            for name, shares in zip(history.conflict.groups, by_layer.tolist(), strict=True)
         }
         by_quarter = _by_quarter(history.conflict.total.removed).tolist()
         removed = [_finite(share, 3) for share in by_quarter]
@@ -272,6 +268,7 @@ def _result(
         conflict=conflict,
         removed=removed,
         seconds=round(seconds, 3),
+        version=version(),
     )
 
 
@@ -282,7 +279,7 @@ def _by_quarter(of_steps: ArrayLike) -> np.ndarray:
 
 
 def _finite(value: float, digits: int) -> float | None:
-    """Rounded; what is not finite has no name in JSON."""
+    """Rounds a number; None if it is not finite, which JSON cannot represent."""
     return round(value, digits) if math.isfinite(value) else None
 
 

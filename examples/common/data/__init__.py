@@ -1,4 +1,4 @@
-"""Images from folders or tensorflow-datasets: split, augmented, batched and sent to devices."""
+"""Loads, splits, augments and batches images, and sends them to devices."""
 
 from examples.common.data.batches import (
     Batch,

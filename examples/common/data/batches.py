@@ -1,4 +1,4 @@
-"""Batches for training, for evaluation, and on their way to the devices."""
+"""Batches for training and evaluation, and their transfer to devices."""
 
 import time
 from collections.abc import Iterator
@@ -15,12 +15,12 @@ from examples.common.data.sources import Example, Source
 
 
 class Batch(NamedTuple):
-    """Images as the network is fed, or one of them while the batch is made.
+    """The input of the network, or one element of it while the batch is made.
 
     Attributes:
         images: ``(n, size, size, 3)``, uint8.
         labels: ``(n,)``, int32.
-        valid: ``(n,)``, bool; False for what only fills up a batch of evaluation.
+        valid: ``(n,)``, bool; False for padding of a batch of evaluation.
     """
 
     images: Any
@@ -37,22 +37,22 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.IterDataset[Batch]:
-    """Endless batches: every image once in a new order before any comes again.
+    """Endless batches. In each epoch every image comes once, in a new order.
 
-    Order and augmentation follow from ``seed`` and an image's place in the sequence alone, so they
-    are the same for any number of workers and processes. The rows of all processes one after
-    another are the batch of a single process.
+    Order and augmentation depend only on ``seed`` and the position in the sequence, not on the
+    number of workers and processes. The concatenated rows of all processes are the batch of a
+    single process.
 
     Args:
         source: The training images.
         config: Augmentation, corrupt images and workers.
-        batch_size: Images a batch over all processes.
+        batch_size: Images per batch over all processes.
         seed: Of order and augmentation, 0 to 2**32 - 1.
-        process_index: Which process this is.
-        process_count: How many there are.
+        process_index: The index of this process.
+        process_count: The number of processes.
 
     Returns:
-        A dataset whose iterators have ``get_state`` and ``set_state``, to JSON and back.
+        A dataset whose iterators have ``get_state`` and ``set_state``, with states in JSON.
     """
     _check(batch_size, process_count)
     if not 0 <= seed < 2**32:
@@ -77,17 +77,17 @@ def evaluation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> grain.IterDataset[Batch]:
-    """Every image once, in order, the centre crop; the last batch is filled up.
+    """Batches of the centre crop of every image, in order; the last batch is padded.
 
     Args:
         source: The images.
         config: Image size, corrupt images and workers.
-        batch_size: Images a batch over all processes.
-        process_index: Which process this is.
-        process_count: How many there are. All get the same number of batches.
+        batch_size: Images per batch over all processes.
+        process_index: The index of this process.
+        process_count: The number of processes. All get the same number of batches.
 
     Returns:
-        A dataset of batches whose ``valid`` tells images from filling.
+        A dataset of batches, in which ``valid`` marks images and not padding.
     """
     _check(batch_size, process_count)
     examples = grain.MapDataset.source(_Padded(source, config, batch_size))
@@ -95,11 +95,11 @@ def evaluation_batches(
 
 
 class DeviceBatches(Iterator[Batch]):
-    """Batches on devices, made and sent ahead of time by a thread of their own.
+    """Batches on devices, prefetched by a thread.
 
     Attributes:
-        waited_seconds: How long all calls of ``next`` so far had to wait for a batch. A training
-            loop that waits next to nothing after its first batch keeps its devices busy.
+        waited_seconds: The total time that calls of ``next`` have waited for a batch. If it hardly
+            grows after the first batch, the devices are busy.
     """
 
     def __init__(
@@ -129,32 +129,32 @@ class DeviceBatches(Iterator[Batch]):
         self.close()
 
     def get_state(self) -> dict[str, Any]:
-        """The place after the last batch handed out, whatever has been made ahead. It is JSON."""
-        # grain counts the rows of this process; of all of them, any number can go on from it.
+        """The position after the last batch returned, without prefetched ones, as JSON."""
+        # grain counts the rows of this process. The count of all rows suits any number of them.
         rows = self._batches.get_state()["next_index"]
         return {"next_row": rows * jax.process_count()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from ``state``, of the same images and settings, in any number of processes."""
+        """Continues from ``state``, with the same images and any number of processes."""
         self._batches.set_state({"next_index": state["next_row"] // jax.process_count()})
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Stops the thread."""
         self._batches.close()
 
 
 def to_device(
     batches: grain.IterDataset[Batch], sharding: jax.sharding.Sharding, depth: int = 2
 ) -> DeviceBatches:
-    """Sends batches to devices ahead of time.
+    """Prefetches batches to devices.
 
     Args:
-        batches: What this process has of each batch.
+        batches: The rows of this process of each batch.
         sharding: Of the whole batch, along its first axis.
-        depth: How many batches wait on the devices.
+        depth: The number of prefetched batches.
 
     Returns:
-        An iterator over arrays of the whole batch. An error in making one is raised by ``next``.
+        An iterator over arrays of the whole batch. Errors in making a batch are raised by ``next``.
     """
     return DeviceBatches(batches, sharding, depth)
 
@@ -184,7 +184,7 @@ def _batch(
 
 
 class _Readable:
-    """The images of a source, with the next readable one in the place of one left out."""
+    """The images of a source; an unreadable image is replaced by the next readable one."""
 
     def __init__(self, source: Source, skip: bool) -> None:
         self._source, self._skip = source, skip
@@ -204,7 +204,7 @@ class _Readable:
 
 
 class _Padded:
-    """The images of a source as evaluation sees them, filled up to whole batches."""
+    """The images of a source for evaluation, padded to whole batches."""
 
     def __init__(self, source: Source, config: DataConfig, batch_size: int) -> None:
         self._source, self._config = source, config
@@ -230,7 +230,7 @@ class _Padded:
 
 
 class _Share:
-    """The rows of one process in every batch, one after another."""
+    """The rows of one process in every batch."""
 
     def __init__(
         self, examples: grain.MapDataset, batch_size: int, process_index: int, rows: int

@@ -1,4 +1,4 @@
-"""What can be set about the data."""
+"""The settings of the data."""
 
 import math
 from dataclasses import dataclass
@@ -7,38 +7,38 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images are read, how they are split, and how they become batches."""
+    """The images, their splits and their batches."""
 
     dataset: str
     """A folder of images, or a name of tensorflow-datasets such as cifar10 or imagenet2012:5.1.0.
-    A folder has `<class>/*.jpg` in it, or `train/<class>/*.jpg` and so on."""
+    A folder contains `<class>/*.jpg`, or `train/<class>/*.jpg` and so on."""
     data_dir: str | None = None
-    """Where tensorflow-datasets keeps prepared sets; None: its own default. Not for folders."""
+    """Folder of the prepared sets of tensorflow-datasets; None: its default. Not for folders."""
     images_per_class: int | None = None
-    """Training images a class, drawn by split_seed; None: all."""
+    """Training images per class, drawn by split_seed; None: all."""
     validation: float = 0.1
-    """Held out of the training images of each class where no validation split is published.
-    A share below 1, a number of images from 1 on."""
+    """Held out of the training images of each class if no validation split is published:
+    a share if below 1, a number of images otherwise."""
     test: float = 0.2
-    """Held out of each class where no test split is published, counted like validation.
+    """Held out of each class if no test split is published, likewise a share or a number.
     The same images for every split_seed."""
     split_seed: int = 0
     """Draws the validation images and then the training images of each class."""
     image_size: int = 224
-    """Height and width of what the network sees, in pixels."""
+    """Height and width of the input of the network, in pixels."""
     resize: int | None = None
     """The short side before the centre crop of evaluation.
     None: image_size × 256/224, or image_size with pad_crop."""
     augmentation: Literal["standard", "pad_crop", "none"] = "standard"
-    """Of training images. standard: a random resized crop and a flip.
-    pad_crop, for images as small as CIFAR's: pads by an eighth (4 pixels of 32), crops and flips.
+    """Augmentation of training images. standard: a random resized crop and a flip.
+    pad_crop, for small images such as CIFAR: pad by an eighth (4 pixels of 32), crop and flip.
     none: the centre crop of evaluation."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """The least and the greatest share of an image that a random resized crop shows."""
+    """The smallest and the largest share of an image in a random resized crop."""
     on_corrupt: Literal["refuse", "skip"] = "refuse"
-    """An image that cannot be decoded stops the run, or is left out. Its name is told."""
+    """Whether an image that cannot be decoded stops the run or is skipped with a warning."""
     workers: int = 8
-    """Threads that read and augment images; 0: none, each batch is made when it is asked for."""
+    """Threads that read and augment images; 0: make each batch on demand."""
 
     def __post_init__(self) -> None:
         if not self.dataset:

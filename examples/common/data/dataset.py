@@ -1,4 +1,4 @@
-"""A data set by its name: the one door to folders and tensorflow-datasets."""
+"""Opens a data set by name, from a folder or tensorflow-datasets."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -9,13 +9,13 @@ from examples.common.data.splits import split
 
 
 class Dataset(NamedTuple):
-    """Images for training, for choosing, and for the one test.
+    """Images for training, model selection and testing.
 
     Attributes:
-        name: What was asked for.
+        name: ``DataConfig.dataset``.
         train: Training images.
-        validation: Images that settings and checkpoints are chosen on.
-        test: Images that nothing is chosen on.
+        validation: Images for choosing settings and checkpoints.
+        test: Images for the final test.
         class_names: The name of each label.
     """
 
@@ -30,21 +30,21 @@ def load(config: DataConfig) -> Dataset:
     """Opens the data set of ``config`` and splits it.
 
     Args:
-        config: Which, from where, and how it is split.
+        config: The data set and its splits.
 
     Returns:
-        The splits, which share no image that the publisher's splits do not share.
+        The splits. They have no images in common unless the published splits do.
 
     Raises:
         ValueError: If there is no such data set, or it does not fit ``config``.
-        ImportError: If it is of tensorflow-datasets and that is not installed.
+        ImportError: If it needs tensorflow-datasets and that is not installed.
     """
     folder = Path(config.dataset).expanduser()
     if folder.is_dir():
         if config.data_dir is not None:
             raise ValueError(
                 f"{folder} is a folder of images, and data_dir is for tensorflow-datasets; got "
-                f"{config.data_dir}. Leave one of them out."
+                f"{config.data_dir}. Set only one of them."
             )
         published, class_names = open_folder(folder)
     elif config.dataset.startswith((".", "/", "~")):

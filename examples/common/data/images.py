@@ -1,4 +1,4 @@
-"""From the bytes of a file to an RGB array, and from there to what the network sees."""
+"""Decodes images, and crops or augments them for the network."""
 
 import io
 
@@ -16,42 +16,42 @@ class CorruptImageError(ValueError):
 
     Attributes:
         name: The file's name.
-        reason: What is wrong with it.
+        reason: Why.
     """
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(
-            f"The image {name} cannot be decoded: {reason}. Mend or remove it, or leave such "
-            "images out with on_corrupt=skip."
+            f"The image {name} cannot be decoded: {reason}. Repair or remove it, or skip such "
+            "images with on_corrupt=skip."
         )
         self.name = name
         self.reason = reason
 
 
 def decode(data: bytes, name: str) -> np.ndarray:
-    """Decodes an image of any format, whatever its name ends in.
+    """Decodes an image; its format does not need to match its file extension.
 
     Args:
         data: The bytes of the file.
-        name: What an error calls it.
+        name: Its name in errors.
 
     Returns:
-        ``(height, width, 3)``, uint8, RGB, turned the way that its EXIF orientation asks for.
-        Transparency is dropped, and 16 bits a channel become 8.
+        ``(height, width, 3)``, uint8, RGB, rotated according to its EXIF orientation.
+        Transparency is dropped, and 16 bits per channel are reduced to 8.
 
     Raises:
-        CorruptImageError: If it cannot be decoded: no image, cut short, or absurdly large.
+        CorruptImageError: If it is not an image, truncated or too large.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             return np.array(_to_rgb(ImageOps.exif_transpose(image)))
-    except Exception as error:  # Pillow's decoders raise whatever they trip over
+    except Exception as error:  # the decoders of Pillow raise many types
         reason = "it is empty" if not data else f"{type(error).__name__}: {error}".rstrip(".")
         raise CorruptImageError(name, reason) from error
 
 
 def centre_crop(image: np.ndarray, config: DataConfig) -> np.ndarray:
-    """Resizes the short side and crops the centre: the view of evaluation.
+    """Resizes the short side and crops the centre, for evaluation.
 
     Args:
         image: ``(height, width, 3)``, uint8.
@@ -64,12 +64,12 @@ def centre_crop(image: np.ndarray, config: DataConfig) -> np.ndarray:
 
 
 def augment(image: np.ndarray, config: DataConfig, rng: np.random.Generator) -> np.ndarray:
-    """Draws one view of a training image.
+    """Augments a training image.
 
     Args:
         image: ``(height, width, 3)``, uint8.
-        config: ``augmentation`` and what it needs.
-        rng: All chance comes from it.
+        config: ``augmentation`` and its settings.
+        rng: The source of randomness.
 
     Returns:
         ``(image_size, image_size, 3)``, uint8.
@@ -85,7 +85,7 @@ def augment(image: np.ndarray, config: DataConfig, rng: np.random.Generator) -> 
 
 
 def pad_margin(size: int) -> int:
-    """How far pad_crop pads an image of ``size`` pixels: CIFAR's 4 pixels of 32."""
+    """The padding of pad_crop for an image of ``size`` pixels: 4 for the 32 of CIFAR."""
     return max(1, size // 8)
 
 
@@ -93,7 +93,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits, which Pillow would clip to 8
         grey = np.asarray(image).astype(np.int64) >> 8
         return Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "P":  # by way of RGBA, or Pillow warns of palettes with transparency
+    if image.mode == "P":  # Pillow warns about transparent palettes that do not become RGBA
         image = image.convert("RGBA")
     return image.convert("RGB")
 
@@ -116,7 +116,7 @@ def _centre_crop(image: np.ndarray, short_side: int, size: int) -> np.ndarray:
 def _random_resized_crop(
     image: np.ndarray, size: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> np.ndarray:
-    """Crops a rectangle of a random area, shape and place, as Inception's training did."""
+    """Crops a rectangle of random area, aspect ratio and position, as in Inception."""
     height, width = image.shape[:2]
     for _ in range(_TRIES):
         area = height * width * rng.uniform(*scale)
@@ -126,7 +126,7 @@ def _random_resized_crop(
             top = rng.integers(height - crop_height + 1)
             left = rng.integers(width - crop_width + 1)
             return _resize(image[top : top + crop_height, left : left + crop_width], size, size)
-    # An image so long that no crop fits: the most of its centre that has a permitted shape.
+    # No crop fits into a very long image: take the largest centre crop of a permitted shape.
     narrowest, widest = _ASPECTS
     crop_width = min(width, max(1, round(height * widest)))
     crop_height = min(height, max(1, round(width / narrowest)))

@@ -1,4 +1,4 @@
-"""Images that are read and decoded when they are asked for, from folders or tensorflow-datasets."""
+"""Images from folders or tensorflow-datasets, read and decoded on access."""
 
 import itertools
 import threading
@@ -19,7 +19,7 @@ _SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validati
 class Example(TypedDict):
     """One image.
 
-    ``image`` is ``(height, width, 3)``, uint8; ``name`` is for people.
+    ``image`` is ``(height, width, 3)``, uint8; ``name`` is for messages.
     """
 
     image: np.ndarray
@@ -28,7 +28,7 @@ class Example(TypedDict):
 
 
 class Encoded(NamedTuple):
-    """One image as it is stored."""
+    """One image in its file format."""
 
     data: bytes
     label: int
@@ -39,8 +39,8 @@ class Source:
     """Some of the images of a folder or a data set; ``source[i]`` decodes one.
 
     Attributes:
-        skipped: The images left out because they cannot be decoded, with the reason, as far as
-            they have come up.
+        skipped: The reasons why images could not be decoded, by their names, for the images read
+            so far.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Source:
 
     @property
     def labels(self) -> np.ndarray:
-        """The labels, ``(n,)``, int32, without decoding an image."""
+        """The labels, ``(n,)``, int32; no image is decoded."""
         return self._images.labels[self._indices]
 
     def select(self, indices: np.ndarray) -> "Source":
@@ -68,7 +68,7 @@ class Source:
         return Source(self._images, self._indices[np.sort(indices)])
 
     def skip(self, error: CorruptImageError) -> None:
-        """Remembers an image that is left out, and warns of it the first time."""
+        """Records an image that cannot be decoded, and warns the first time."""
         with self._reporting:
             is_new = error.name not in self.skipped
             self.skipped[error.name] = error.reason
@@ -81,7 +81,7 @@ class FolderImages:
     """The image files of one split, class by class.
 
     Attributes:
-        root: Names are told from here.
+        root: The names of images are relative to this folder.
         files: The files.
         labels: ``(n,)``, int32.
     """
@@ -104,11 +104,11 @@ def open_folder(root: Path) -> tuple[dict[str, Source], tuple[str, ...]]:
     """Finds the images of a folder.
 
     Args:
-        root: Has ``<class>/*.jpg`` in it, or ``train/<class>/*.jpg`` with ``test`` and
-            ``validation`` (or ``val``) beside it.
+        root: Contains ``<class>/*.jpg``, or ``train/<class>/*.jpg`` and likewise ``test`` and
+            ``validation`` (or ``val``).
 
     Returns:
-        The splits, and the class names in the order of their labels, which is alphabetical.
+        The splits, and the class names in the order of their labels (alphabetical).
 
     Raises:
         ValueError: If a class is empty, unknown to ``train`` or the only one.
@@ -175,7 +175,7 @@ class TfdsImages:
         file_names = [key for key in builder.info.features if "file" in key and "name" in key]
         self._keys = image, label, *file_names[:1]
         self._where = f"{builder.info.full_name}, {split}"
-        # Reading what is needed alone spares decoding boxes, masks and the like.
+        # Only these features are decoded, not boxes, masks and so on.
         self._features: Any = tfds.features.FeaturesDict(
             {key: builder.info.features[key] for key in self._keys}
         )
@@ -199,7 +199,7 @@ class TfdsImages:
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """The labels, ``(n,)``, int32. Every record is read once for them."""
+        """The labels, ``(n,)``, int32. The first access reads every record."""
         _, key, *_ = self._keys
         indices = range(len(self))
         chunks = (indices[start : start + 256] for start in indices[::256])
@@ -212,8 +212,8 @@ def open_tfds(name: str, data_dir: str | None) -> tuple[dict[str, Source], tuple
     """Opens a data set that tensorflow-datasets has prepared.
 
     Args:
-        name: Such as ``cifar10``; ``:version`` and ``/config`` may follow.
-        data_dir: Where it was prepared; None: the default of tensorflow-datasets.
+        name: Its name such as ``cifar10``, optionally with ``:version`` and ``/config``.
+        data_dir: The folder of prepared sets; None: the default of tensorflow-datasets.
 
     Returns:
         The labelled splits, and the class names.
@@ -244,10 +244,10 @@ def open_tfds(name: str, data_dir: str | None) -> tuple[dict[str, Source], tuple
 
 
 def check_random_access(builder: Any) -> None:
-    """Refuses a prepared data set that can only be read from its beginning.
+    """Checks that a prepared data set supports random access.
 
     Args:
-        builder: Of the data set.
+        builder: The builder of the data set.
 
     Raises:
         ValueError: If it is not stored as array_record.
@@ -264,11 +264,11 @@ def check_random_access(builder: Any) -> None:
 
 
 def tfds_builder(name: str, data_dir: str | None) -> Any:
-    """The builder of a data set, of tensorflow-datasets or of ours.
+    """Finds the builder of a data set of tensorflow-datasets or of this project.
 
     Args:
-        name: Such as ``cifar10`` or ``indoor67``.
-        data_dir: Where sets are prepared; None: the default of tensorflow-datasets.
+        name: Its name such as ``cifar10`` or ``indoor67``.
+        data_dir: The folder of prepared sets; None: the default of tensorflow-datasets.
 
     Returns:
         The ``tfds.core.DatasetBuilder``.

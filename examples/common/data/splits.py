@@ -1,4 +1,4 @@
-"""Which images are for training, for validation and for the test."""
+"""Splits images into training, validation and test images."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -7,20 +7,21 @@ import numpy as np
 from examples.common.data.config import DataConfig
 from examples.common.data.sources import Source
 
-_TEST_SEED = 0  # whatever split_seed is, so that runs with different seeds share their test
+_TEST_SEED = 0  # not split_seed: runs with different seeds share their test images
 
 
 def split(
     published: Mapping[str, Source], config: DataConfig, class_names: Sequence[str]
 ) -> tuple[Source, Source, Source]:
-    """Takes the published splits, and holds out what is missing class by class.
+    """Uses the published splits, and holds out missing ones class by class.
 
-    Without a published test split, the validation split is the test, as is usual with ImageNet.
+    Without a published test split, the validation split is used for testing, as is usual with
+    ImageNet.
 
     Args:
-        published: The labelled splits: ``train``, and ``validation`` or ``test`` if there are.
+        published: The labelled splits: ``train``, and ``validation`` or ``test`` if they exist.
         config: ``validation``, ``test``, ``images_per_class`` and ``split_seed``.
-        class_names: For the errors.
+        class_names: The names of the classes, for errors.
 
     Returns:
         The training, the validation and the test images.
@@ -46,7 +47,7 @@ def split(
 def _hold_out(
     source: Source, amount: float, seed: int, name: str, class_names: Sequence[str]
 ) -> tuple[Source, Source]:
-    """Parts the images of each class; returns those held out and the rest."""
+    """Holds out images of each class; returns these and the rest."""
     held_out, rest = [], []
     for label, indices in _shuffled_classes(source, seed):
         count = int(amount) if amount >= 1 else max(1, round(amount * len(indices)))
@@ -61,7 +62,7 @@ def _hold_out(
 
 
 def _draw(source: Source, per_class: int, seed: int, class_names: Sequence[str]) -> Source:
-    """Draws some images of each class; fewer of them are a part of more with the same seed."""
+    """Draws images of each class; with one seed, fewer images are a subset of more."""
     drawn = []
     for label, indices in _shuffled_classes(source, seed):
         if len(indices) < per_class:

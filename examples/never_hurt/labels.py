@@ -1,0 +1,64 @@
+"""What names and numbers are called in tables and figures."""
+
+LABELS = {
+    "weighted_sum": "weighted sum",
+    "dtnh_global": "DTNH, the paper's (global)",
+    "dtnh_layer": "DTNH, the paper's (layer)",
+    "gradient_cosine": "gradient cosine",
+    "dynamic_barrier": "dynamic barrier",
+    "bloop": "BLOOP",
+    "pcgrad": "PCGrad",
+    "agem": "A-GEM",
+    "mgda": "MGDA",
+    "imtl_g": "IMTL-G",
+    "upgrad": "UPGrad",
+    "cagrad": "CAGrad",
+    "config": "ConFIG",
+    "gate": "gate (layer)",
+    "bounded_dtnh": "bounded DTNH",
+    "gate_bounded": "gate, bound 1",
+    "gate_bounded_0.3": "gate, bound 0.3",
+    "project_bounded": "projection, bound 1",
+    "cosine_bounded": "cosine, bound 1",
+    "element_bounded": "gate by number, bound 1",
+    "keep_bounded": "bound 1 alone",
+    "average_gate_bounded": "gate against an average (0.99), bound 1",
+    "momenta_gate": "momenta: gate, no bound",
+    "momenta_gate_0.3": "momenta: gate, bound 0.3",
+    "momenta_gate_2": "momenta: gate, bound 2",
+    "momenta_project": "momenta: projection, bound 1",
+    "momenta_cosine": "momenta: cosine, bound 1",
+    "momenta_keep": "momenta: bound 1 alone",
+    "momenta_global": "momenta: gate of all layers as one, bound 1",
+    "momenta_element": "momenta: gate by number, bound 1",
+    "placebo": "placebo: the preset on noise",
+    "l2_sp": "L2-SP",
+    "distillation": "distillation",
+    "feature_distillation": "feature distillation",
+    "attention_transfer": "attention transfer",
+    "delta": "DELTA",
+    "batch_spectral_shrinkage": "BSS",
+    "tinyimagenet": "Tiny-ImageNet",
+    "gtsrb": "GTSRB",
+    "medmnist": "MedNIST",
+    "random_labels_imagenette": "Imagenette, random labels",
+    "random_weights": "random weights",
+    "cifar10_resnet20.safetensors": "CIFAR-10 (public weights)",
+    "caltech101": "Caltech-101",
+    "cifar10": "CIFAR-10 (JPEG)",
+    "scene15": "15-Scenes",
+    "flowers17": "Flowers-17",
+    "dtd10": "DTD-10",
+}
+
+
+def label(value: object) -> str:
+    """Names a source, a target, a regularizer, a rule or, if it is a number, a strength."""
+    if isinstance(value, float):
+        return f"λ × {value:g}"
+    return LABELS.get(str(value), str(value).replace("_", " "))
+
+
+def points(value: float) -> str:
+    """Formats percentage points, with a minus sign instead of a hyphen."""
+    return f"{value:+.1f}".replace("-", "−").replace("+0.0", "0.0").replace("−0.0", "0.0")
