@@ -1,7 +1,5 @@
 # ruff: noqa: E402 (the modules under test want the packages that are asked for first)
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +11,11 @@ sklearn_metrics = pytest.importorskip("sklearn.metrics")
 
 from examples.finetune import metrics
 
-FIELDS = metrics.Counts._fields
-count = jax.jit(metrics.count)
+predict = jax.jit(metrics.predict)
+
+
+def summarised(n_classes, *batches):
+    return metrics.summarise([predict(*batch) for batch in batches], n_classes)
 
 
 def some(n, n_classes, seed=0):
@@ -27,15 +28,14 @@ def some(n, n_classes, seed=0):
 
 
 def assert_equal(these, those):
-    for name in FIELDS:
-        np.testing.assert_allclose(getattr(these, name), getattr(those, name), rtol=1e-6)
+    for name, value in vars(these).items():
+        np.testing.assert_allclose(value, getattr(those, name), rtol=1e-6)
 
 
 @pytest.mark.parametrize("n_classes", [2, 3, 5, 6, 20])
 def test_metrics_are_sklearns(n_classes):
     logits, labels, valid = some(200, n_classes)
-    counts = count(logits, labels, valid)
-    found = metrics.summarise(counts)
+    found = summarised(n_classes, (logits, labels, valid))
 
     logits, labels = logits[valid].astype(np.float64), labels[valid]
     predicted, classes = logits.argmax(axis=-1), list(range(n_classes))
@@ -55,37 +55,35 @@ def test_metrics_are_sklearns(n_classes):
     else:
         assert found.top5 == 1
     np.testing.assert_array_equal(
-        counts.confusion, sklearn_metrics.confusion_matrix(labels, predicted, labels=classes)
+        found.confusion, sklearn_metrics.confusion_matrix(labels, predicted, labels=classes)
     )
     np.testing.assert_allclose(
-        metrics.recalls(counts),
+        found.recalls,
         sklearn_metrics.recall_score(labels, predicted, labels=classes, average=None),
     )
 
 
-def test_counts_of_batches_add_up_to_those_of_all_images():
+def test_metrics_of_batches_are_those_of_all_images():
     logits, labels, valid = some(60, 7)
-    parts = [count(logits[i : i + 20], labels[i : i + 20], valid[i : i + 20]) for i in (0, 20, 40)]
-    assert_equal(
-        functools.reduce(metrics.add, parts, metrics.zeros(7)), count(logits, labels, valid)
-    )
-    assert {each.dtype for each in parts[0]} == {np.dtype(np.int32), np.dtype(np.float32)}
+    parts = [(logits[i : i + 20], labels[i : i + 20], valid[i : i + 20]) for i in (0, 20, 40)]
+    assert_equal(summarised(7, *parts), summarised(7, (logits, labels, valid)))
+    assert {each.dtype.name for each in predict(*parts[0])} == {"int32", "float32", "bool"}
 
 
-def test_counts_of_a_batch_over_many_devices_are_those_of_one():
+def test_predictions_over_many_devices_are_those_of_one():
     logits, labels, valid = some(64, 7)
     mesh = Mesh(np.array(jax.devices()), ("data",))
     spread = jax.device_put((logits, labels, valid), NamedSharding(mesh, PartitionSpec("data")))
-    assert_equal(count(*spread), count(logits, labels, valid))
+    assert_equal(summarised(7, spread), summarised(7, (logits, labels, valid)))
 
 
 @pytest.mark.parametrize("label", [0, -1, 10**6])
-def test_padding_counts_nothing_whatever_it_holds(label):
+def test_padding_is_not_counted_whatever_it_holds(label):
     logits, labels, valid = some(30, 4)
     logits[~valid], labels[~valid] = np.nan, label
-    found = count(logits, labels, valid)
-    assert_equal(found, count(logits[valid], labels[valid], np.ones(valid.sum(), bool)))
-    assert np.isfinite(found.loss_sum)
+    found = summarised(4, (logits, labels, valid))
+    assert_equal(found, summarised(4, (logits[valid], labels[valid], np.ones(valid.sum(), bool))))
+    assert np.isfinite(found.loss)
 
 
 def test_an_image_with_nan_logits_counts_as_wrong_and_is_in_no_column():
@@ -94,37 +92,36 @@ def test_an_image_with_nan_logits_counts_as_wrong_and_is_in_no_column():
     logits[1, 1] = np.nan  # argmax takes a NaN for the largest
     logits[2, 2] = np.nan
     logits[3, 1] = np.inf
-    counts = count(logits, np.array([0, 1, 0, 1], np.int32), np.ones(4, bool))
-    assert (counts.top1, counts.top5, counts.confusion.sum()) == (1, 1, 1)
-    found = metrics.summarise(counts)
-    assert (found.n, found.accuracy, found.top5) == (4, 0.25, 0.25)
+    found = summarised(3, (logits, np.array([0, 1, 0, 1], np.int32), np.ones(4, bool)))
+    assert (found.n, found.accuracy, found.top5, found.confusion.sum()) == (4, 0.25, 0.25, 1)
+    assert found.images.tolist() == [2, 2, 0]
     assert found.balanced_accuracy == 0.25  # none of class 0's two, one of class 1's two
     assert np.isnan(found.loss)
 
 
 def test_of_equal_logits_the_lower_class_is_first():
-    everywhere = np.zeros((8, 8), np.float32)
-    counts = count(everywhere, np.arange(8, dtype=np.int32), np.ones(8, bool))
-    assert (counts.top1, counts.top5) == (1, 5), "a constant classifier gets chance"
+    everywhere, valid = np.zeros((8, 8), np.float32), np.ones(8, bool)
+    found = summarised(8, (everywhere, np.arange(8, dtype=np.int32), valid))
+    assert (found.accuracy, found.top5) == (1 / 8, 5 / 8), "a constant classifier gets chance"
     labels = np.array([0, 0, 0, 3, 4, 5, 6, 7], np.int32)
-    counts = count(everywhere, labels, np.ones(8, bool))
-    assert (counts.top1, counts.top5) == (3, 5)
-    assert counts.confusion[:, 0].tolist() == [3, 0, 0, 1, 1, 1, 1, 1]
+    found = summarised(8, (everywhere, labels, valid))
+    assert (found.accuracy, found.top5) == (3 / 8, 5 / 8)
+    assert found.confusion[:, 0].tolist() == [3, 0, 0, 1, 1, 1, 1, 1]
 
 
 def test_balanced_accuracy_is_the_mean_over_classes_that_occur():
     logits = np.eye(4, dtype=np.float32)[[0, 0, 0, 1, 0]]
-    counts = count(logits, np.array([0, 0, 0, 1, 1], np.int32), np.ones(5, bool))
-    np.testing.assert_array_equal(metrics.recalls(counts), [1, 0.5, np.nan, np.nan])
-    assert metrics.summarise(counts).balanced_accuracy == 0.75
-    assert metrics.summarise(counts).accuracy == 0.8
+    found = summarised(4, (logits, np.array([0, 0, 0, 1, 1], np.int32), np.ones(5, bool)))
+    np.testing.assert_array_equal(found.recalls, [1, 0.5, np.nan, np.nan])
+    assert found.balanced_accuracy == 0.75
+    assert found.accuracy == 0.8
 
 
-def test_bfloat16_logits_are_counted_in_float32():
+def test_bfloat16_logits_are_evaluated_in_float32():
     logits, labels, valid = some(30, 4)
-    assert count(jnp.asarray(logits, jnp.bfloat16), labels, valid).loss_sum.dtype == jnp.float32
+    assert predict(jnp.asarray(logits, jnp.bfloat16), labels, valid).loss.dtype == jnp.float32
 
 
 def test_no_images_are_an_error_that_says_so():
     with pytest.raises(ValueError, match="at least one image; got none"):
-        metrics.summarise(metrics.zeros(3))
+        metrics.summarise([], 3)

@@ -3,6 +3,8 @@
 
 import dataclasses
 import functools
+import pathlib
+import re
 from typing import get_args
 
 import jax
@@ -20,11 +22,10 @@ from helpers import relative_error
 
 import dtnh_jax
 from benchmarks import combination
-from examples.common import data
-from examples.finetune import devices, objective, optimizer
+from examples.common import data, objective, resnet
+from examples.finetune import devices, freeze, optimizer
 from examples.finetune.__main__ import main, parse
 from examples.finetune.config import (
-    REG_WEIGHTS,
     Config,
     DeviceConfig,
     OutputConfig,
@@ -34,9 +35,13 @@ from examples.finetune.config import (
     TransferConfig,
     preset,
 )
-from examples.finetune.step import gradients, make_program, regularized
-from examples.finetune.task import make_task
-from examples.finetune.train import training_batches
+from examples.finetune.train import (
+    gradients,
+    make_program,
+    regularized,
+    setup,
+    training_batches,
+)
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # Optax's own code promotes
 
@@ -64,8 +69,8 @@ def tasks(directory):
     def make(*options):
         config = parse(tiny_finetune.arguments(directory, directory / "out", *options))
         dataset = data.load(config.data)
-        task = make_task(config, dataset)
-        with training_batches(task, dataset.train) as batches:
+        task = setup(config, dataset)
+        with training_batches(task, dataset) as batches:
             return task, next(batches)
 
     return make
@@ -78,9 +83,9 @@ def pairs(tasks):
     @functools.cache
     def of(regularizer):
         task, batch = tasks("--regularizer", regularizer, "--estimation-images", "12")
-        away = jax.tree.map(lambda x: 1.1 * x, task.first.params)
+        away = jax.tree.map(lambda x: 1.1 * x, task.initial.params)
         network, source, batch = jax.device_put(
-            (task.first._replace(params=away), task.source, batch), jax.devices()[0]
+            (task.initial._replace(params=away), task.source, batch), jax.devices()[0]
         )
         ((loss, reg), _), pair = jax.jit(functools.partial(gradients, task))(
             network, source, batch, jax.random.key(0)
@@ -95,7 +100,7 @@ def test_the_matrix_is_that_of_the_library():
     helpers = {name for name in public if name.endswith(("_gradient", "_relationship", "_weights"))}
     helpers |= {"Match", "MatchReport", "fisher_diagonal", "match_pretrained"}
     assert set(REGULARIZERS) == (public - helpers) | {"none", "delta_attention"}
-    assert set(objective.REGULARIZERS) == set(REGULARIZERS) == set(REG_WEIGHTS)
+    assert set(objective.REGULARIZERS) == set(REGULARIZERS)
     ours = {"bounded_dtnh", "dtnh", "decoupled", "weighted_sum"}
     assert set(RULES) == set(combination.RIVALS) | ours
 
@@ -154,7 +159,7 @@ def test_frozen_parameters_stay(tasks):
     task, state = one_step(
         tasks, "--freeze", "conv1", "layer1/*", "*/bias", "--weight-decay", "0.1"
     )
-    first, last = task.first.params, state.network.params
+    first, last = task.initial.params, state.network.params
     for (keys, before), after in zip(
         jax.tree.leaves_with_path(first), jax.tree.leaves(last), strict=True
     ):
@@ -165,19 +170,19 @@ def test_frozen_parameters_stay(tasks):
 
 @pytest.mark.parametrize(
     ("patterns", "message"),
-    [(("layer9",), "'layer9' is no parameter"), (("*",), "leaves no parameter to train")],
+    [(("layer9",), "'layer9' matches no parameter"), (("*",), "leaves no parameter to train")],
 )
 def test_wrong_freezing_is_an_error(tasks, patterns, message):
     task, _ = tasks()
     with pytest.raises(ValueError, match=message):
-        optimizer.trained(task.first.params, patterns)
+        freeze.trained(task.initial.params, patterns)
 
 
 def test_frozen_batch_norm_keeps_its_averages(tasks):
     for option, same in (("--frozen-batch-norm", True), ("--no-frozen-batch-norm", False)):
         task, state = one_step(tasks, option)
         pairs = zip(
-            jax.tree.leaves(task.first.batch_stats),
+            jax.tree.leaves(task.initial.batch_stats),
             jax.tree.leaves(state.network.batch_stats),
             strict=True,
         )
@@ -192,7 +197,7 @@ def test_micro_batches_are_one_step(tasks, rule):
     task, two = one_step(tasks, *common, "--accumulate", "2", "--batch-size", "16")
     assert int(two.seen) == 2
     assert int(optax.tree.get(two.opt_state, "mini_step")) == 0
-    first = task.first.params
+    first = task.initial.params
     moved = [jax.tree.map(np.subtract, state.network.params, first) for state in (one, two)]
     assert optax.tree.norm(moved[0]) > 0
     assert relative_error(*moved) <= 1e-5
@@ -202,7 +207,7 @@ def test_the_average_follows_the_weights(tasks):
     task, state = one_step(tasks, "--average-decay", "0.9")
     decay = 2 / 11
     wanted = jax.tree.map(
-        lambda old, new: decay * old + (1 - decay) * new, task.first, state.network
+        lambda old, new: decay * old + (1 - decay) * new, task.initial, state.network
     )
     assert relative_error(state.average, wanted) <= 1e-6
     assert state.evaluated is state.average
@@ -212,14 +217,14 @@ def test_the_head_has_a_learning_rate_of_its_own(tasks):
     moved = []
     for options in ((), ("--head-learning-rate", "10")):
         task, state = one_step(tasks, *options)
-        moved.append(jax.tree.map(np.subtract, state.network.params, task.first.params))
+        moved.append(jax.tree.map(np.subtract, state.network.params, task.initial.params))
     slow, fast = moved
     assert relative_error(fast.pop("head"), jax.tree.map(lambda x: 10 * x, slow.pop("head"))) < 1e-4
     assert relative_error(fast, slow) < 1e-4
 
 
-def test_clipping_comes_after_the_rule():
-    """It shortens the direction as a whole, so that loss and regularizer keep their shares."""
+def test_the_weighted_sum_is_clipped_as_a_whole():
+    """Loss and regularizer keep their shares of the direction."""
     transfer = TransferConfig(rule="weighted_sum", reg_weight=1.0)
     training = TrainingConfig(clip_norm=1.0, learning_rate=1.0, momentum=0.0, schedule="constant")
     tx = optimizer.make_optimizer(transfer, training)
@@ -229,12 +234,89 @@ def test_clipping_comes_after_the_rule():
     np.testing.assert_allclose(updates["w"], [-0.6, -0.8], rtol=1e-6)
 
 
+def test_the_gradients_of_the_bounded_rule_are_clipped_one_by_one():
+    """Before momentum, by their own norms."""
+    training = TrainingConfig(clip_norm=1.0, learning_rate=1.0, momentum=0.0, schedule="constant")
+    tx = optimizer.make_optimizer(TransferConfig(reg_weight=0.5), training)
+    params = {"w": jnp.zeros(2)}
+    pair = dtnh_jax.GradientPair({"w": jnp.array([3.0, 0.0])}, {"w": jnp.array([0.0, 4.0])})
+    updates, _ = tx.update(pair, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], [-1.0, -0.5], rtol=1e-6)
+
+
+# With a weight of 0, the others give no direction.
+@pytest.mark.parametrize("rule", sorted({*RULES} - {"mgda", "imtl_g"}))
+def test_clipping_does_not_shorten_adams_step(rule):
+    """Gradients are clipped before Adam, whose step does not depend on their length."""
+    training = TrainingConfig(
+        optimizer="adamw", learning_rate=1e-3, clip_norm=1e-3, schedule="constant"
+    )
+    tx = optimizer.make_optimizer(TransferConfig(rule=rule, reg_weight=0.0), training)
+    params = {"w": jnp.zeros(100)}
+    grads = {"w": jnp.linspace(1.0, 2.0, 100)}
+    updates, _ = tx.update(dtnh_jax.GradientPair(grads, grads), tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -1e-3, rtol=1e-2)
+
+
+@functools.cache
+def regression():
+    """Data of a linear regression, and weights that are larger than those that made the data."""
+    inputs, noise = np.random.default_rng(0).normal(size=(2, 64, 16)).astype(np.float32)
+    weights = np.linspace(-1, 1, 16, dtype=np.float32)
+    targets = inputs @ weights + 0.1 * noise[:, 0]
+    return jnp.asarray(inputs), jnp.asarray(targets), jnp.asarray(2 * weights)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_optimizer_lowers_the_loss_with_and_without_clipping(rule, name, clip_norm):
+    inputs, targets, kernel = regression()
+    training = TrainingConfig(
+        optimizer=name,
+        clip_norm=clip_norm,
+        learning_rate={"sgd": 0.02, "adamw": 0.2}[name],
+        momentum=0.5,
+        schedule="constant",
+    )
+    transfer = TransferConfig(regularizer="l2", rule=rule, reg_weight=0.01)
+    tx = optimizer.make_optimizer(transfer, training)
+
+    @dtnh_jax.value_and_gradient_pair
+    def objective_of(params):
+        loss = jnp.mean((inputs @ params["kernel"] - targets) ** 2)
+        return loss, dtnh_jax.regularizers.l2(params)
+
+    @jax.jit
+    def step(params, state):
+        (loss, _), pair = objective_of(params)
+        updates, state = tx.update(pair, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    params = {"kernel": kernel}
+    state, losses = tx.init(params), []
+    for _ in range(100):
+        params, state, loss = step(params, state)
+        losses.append(float(loss))
+    # Some rules step as far as the weaker of the two gradients lets them.
+    is_slow = rule in ("mgda", "imtl_g", "config")
+    assert losses[-1] < (0.9 if is_slow else 0.1) * losses[0]
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_without_a_regularizer_every_rule_is_the_optimizer(name, nesterov, standard_promotion):
-    """Weight decay, momentum and the head's rate come where they come in plain training."""
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+def test_without_a_regularizer_every_rule_is_the_optimizer(
+    name, nesterov, clip_norm, standard_promotion
+):
+    """Clipping, weight decay, momentum and the head's rate come in the order of plain training."""
     training = TrainingConfig(
-        optimizer=name, nesterov=nesterov, weight_decay=0.1, head_learning_rate=3.0, steps=5
+        optimizer=name,
+        nesterov=nesterov,
+        clip_norm=clip_norm,
+        weight_decay=0.1,
+        head_learning_rate=3.0,
+        steps=5,
     )
     params = {"kernel": jnp.ones((2, 2)), "head": {"kernel": jnp.ones((2, 3))}}
     moved = []
@@ -302,7 +384,7 @@ def test_teacher_of_unfinished_training_is_the_source(tasks):
     """At the start nothing was moved, so feature maps in inference mode agree."""
     task, batch = tasks("--regularizer", "feature_distillation", "--frozen-batch-norm")
     (values, _), pair = jax.jit(functools.partial(gradients, task))(
-        task.first, task.source, batch, jax.random.key(0)
+        task.initial, task.source, batch, jax.random.key(0)
     )
     assert float(values[1]) == 0
     assert optax.tree.norm(pair.reg_grads) == 0
@@ -335,9 +417,12 @@ def test_meshes():
         ({"clip_norm": 0.0}, "clip_norm must be positive"),
         ({"weight_decay": -1.0}, "weight_decay must not be negative"),
         ({"reg_weight": -1.0}, "reg_weight must not be negative"),
-        ({"rule": "bloop", "action": "gate"}, "action: a choice of the rules dtnh and decoupled"),
+        (
+            {"rule": "bloop", "on_conflict": "gate"},
+            "on_conflict is an option of the rules dtnh and",
+        ),
         ({"reference_decay": 1.0}, "reference_decay"),
-        ({"rule": "pcgrad", "max_ratio": 1.0}, "max_ratio: a choice of the rules dtnh and bounded"),
+        ({"rule": "pcgrad", "max_ratio": 1.0}, "max_ratio is an option of the rules dtnh and bou"),
         ({"max_ratio": -1.0}, "max_ratio must not be negative"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"mesh": "two"}, "mesh must be"),
@@ -376,9 +461,34 @@ def test_what_the_network_needs(directory, capsys):
     assert main(images) == 1
     assert "--init timm/resnet50.a1_in1k" in capsys.readouterr().err
     assert main([*images, "--architecture", "cifar_resnet8"]) == 1
-    assert "l2_sp keeps the network near a pre-trained one" in capsys.readouterr().err
+    assert "l2_sp needs a pre-trained network" in capsys.readouterr().err
     weights = ["--init", str(directory / "source.safetensors")]
     assert main([*images, *weights, "--architecture", "resnet18"]) == 1
-    assert "leave architecture and width away" in capsys.readouterr().err
+    assert "omit --architecture and --width" in capsys.readouterr().err
     assert main([*images, *weights, "--regularizer", "delta", "--features", "layer7"]) == 1
     assert "No feature maps: layer7. There are conv1" in capsys.readouterr().err
+
+
+def test_the_sections_that_the_docs_include_are_in_the_code():
+    root = pathlib.Path(__file__).parents[1]
+    page = (root / "docs" / "finetuning.md").read_text()
+    includes = re.findall(r'^--8<-- "(.+):(.+)"$', page, re.MULTILINE)
+    assert len(includes) >= 5
+    for file, section in includes:
+        code = (root / file).read_text()
+        for marker in ("start", "end"):
+            assert code.count(f"# --8<-- [{marker}:{section}]\n") == 1, (file, section)
+
+
+def test_a_regularizer_says_which_inputs_it_needs():
+    output = resnet.Output(jnp.zeros((2, 3)), {"pooled": jnp.ones((2, 4))}, {})
+    params = {"conv1": {"kernel": jnp.ones(2)}, "head": {"kernel": jnp.ones((4, 3))}}
+    given = objective.RegularizerInputs(params, output)
+    for name, regularizer in objective.REGULARIZERS.items():
+        if regularizer.needs:
+            with pytest.raises(ValueError, match=f"needs {', '.join(regularizer.needs)}; got None"):
+                regularizer(given)
+        else:
+            assert regularizer(given).shape == (), name
+    source = {"conv1": {"kernel": jnp.zeros(2)}, "head": {"kernel": jnp.ones((4, 5))}}
+    assert objective.REGULARIZERS["l2_sp"](given._replace(source_params=source)) == 1

@@ -1,4 +1,4 @@
-"""Reads the command line and fine-tunes: `python -m examples.finetune --help`."""
+"""The command line: `python -m examples.finetune --help`."""
 
 import argparse
 import sys
@@ -10,13 +10,15 @@ import tyro
 from examples.finetune import train
 from examples.finetune.checkpoint import CheckpointError
 from examples.finetune.config import Config, PresetName, preset
+from examples.finetune.divergence import DivergedError
+from examples.finetune.preemption import StoppedError
 from examples.finetune.report import report
 
 PROGRAM = "python -m examples.finetune"
 
 
 def parse(arguments: list[str]) -> Config:
-    """Reads a command line, over the settings of its preset."""
+    """Parses a command line; its preset gives the defaults."""
     parser = argparse.ArgumentParser(prog=PROGRAM, add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", choices=get_args(PresetName), default="standard")
     name = parser.parse_known_args(arguments)[0].preset
@@ -31,16 +33,16 @@ def parse(arguments: list[str]) -> Config:
 
 
 def main(arguments: list[str]) -> int:
-    """Fine-tunes and reports what came out; returns the exit code."""
+    """Fine-tunes and reports the results; returns the exit code."""
     try:
         config = parse(arguments)
         outcome = train.run(config)
         if jax.process_index() == 0:
             report(outcome, config.output.out)
-    except train.StoppedError as stopped:
+    except StoppedError as stopped:
         print(stopped, file=sys.stderr)
-        return 128 + 15  # as a shell has it for SIGTERM
-    except (ValueError, OSError, ImportError, CheckpointError, train.DivergedError) as error:
+        return 128 + 15  # the exit code of SIGTERM in a shell
+    except (ValueError, OSError, ImportError, CheckpointError, DivergedError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     return 0

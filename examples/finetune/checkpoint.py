@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and a run that goes on from them bit for bit."""
+"""Atomic checkpoints, from which a run continues bit for bit."""
 
 import dataclasses
 import json
@@ -11,8 +11,8 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from examples.finetune.config import Config
 
-# What may be another when a run goes on: none of it changes what is computed, but for the order
-# of sums over other devices.
+# Settings that may change on --resume. They do not change what is computed, except for the order
+# of sums over devices.
 MAY_CHANGE = (
     "devices",
     "output",
@@ -23,17 +23,18 @@ MAY_CHANGE = (
 
 
 class CheckpointError(Exception):
-    """A checkpoint could not be written or read, or is not one of this run."""
+    """A checkpoint cannot be written or read, or is of another run."""
 
 
 class Progress(NamedTuple):
-    """How far a run has come, beside the state of its training.
+    """The progress of a run, beside the training state.
 
     Attributes:
-        step: Steps that were made.
-        data: Where the batches are.
-        best: The step that was best on validation images, and its value; ``None`` before any.
-        seconds: What the steps took, in all processes that made them one after another.
+        step: The number of steps so far.
+        data: The position in the training data.
+        best: The step that is best on validation images, and its score; ``None`` before the
+            first evaluation.
+        seconds: The duration so far, over all resumes.
     """
 
     step: int
@@ -43,15 +44,14 @@ class Progress(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run: the best one, and the last ones."""
+    """The checkpoints of a run: the best and the last. A context manager.
 
-    def __init__(self, directory: Path, config: Config):
-        """Opens the directory of a run.
+    Args:
+        directory: The directory, which is created if necessary.
+        config: The settings of the run.
+    """
 
-        Args:
-            directory: Made if it is not there.
-            config: What the run was told.
-        """
+    def __init__(self, directory: Path, config: Config) -> None:
         self._directory = directory.absolute()
         self._config = as_dict(config)
         self._keep_last = config.output.keep_last
@@ -70,7 +70,6 @@ class Checkpoints:
         )
 
     def __enter__(self) -> Self:
-        """Nothing to do."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,47 +77,53 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """The steps that there are checkpoints of."""
+        """The steps that have a checkpoint."""
         return sorted(self._manager.all_steps())
 
     def save(self, progress: Progress, state: Any) -> None:
-        """Writes a checkpoint, unless there is one of this step.
+        """Writes a checkpoint, unless this step has one.
 
         Raises:
-            CheckpointError: If it cannot be written, for want of space say. Older ones are kept.
+            CheckpointError: If it cannot be written, for example on a full disk. Older ones are
+                kept.
         """
         step = progress.step
         if step in self._manager.all_steps():
             return
         self._remember(progress)
-        run = progress._asdict() | {"config": self._config}
+        run = ocp.args.JsonSave(progress._asdict() | {"config": self._config})
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), run=run)
         try:
-            self._manager.save(
-                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), run=_json(run))
-            )
+            self._manager.save(step, args=items)
             self._manager.wait_until_finished()
         except Exception as error:
             kept = [each for each in self.steps if each < step]
             last = f"the last good one is of step {kept[-1]}" if kept else "there is none before it"
             raise CheckpointError(
                 f"Could not write the checkpoint of step {step} to {self._directory}: {error} "
-                f"({last}). Make room or mend the directory, then go on with --resume."
+                f"({last}). Free space or repair the directory, then continue with --resume."
             ) from error
 
-    def restore_last(self, like: Any) -> tuple[Progress, Any] | None:
-        """Reads the last checkpoint that is whole.
+    def restore_last(self, like: Any, *, resume: bool = True) -> tuple[Progress, Any] | None:
+        """Reads the last checkpoint that is intact.
 
         Args:
-            like: The state's shapes, dtypes and shardings, which may be for other devices than
-                the checkpoint was written on.
+            like: The shapes, dtypes and shardings of the state. The devices may differ from those
+                that the checkpoint was written on.
+            resume: Whether checkpoints may exist.
 
         Returns:
-            How far the run had come and the state, or ``None`` if there is no checkpoint.
+            The progress and the state, or ``None`` if there is no checkpoint.
 
         Raises:
-            CheckpointError: If there are checkpoints and none can be read, or they are of a run
-                with other settings.
+            CheckpointError: If no checkpoint can be read, if they are of a run with other settings,
+                or if they exist and ``resume`` is false.
         """
+        if self.steps and not resume:
+            raise CheckpointError(
+                f"{self._directory} has the checkpoints of an earlier run. Continue it with "
+                "--resume, or choose another --out."
+            )
         failures = []
         for step in reversed(self.steps):
             try:
@@ -132,8 +137,8 @@ class Checkpoints:
             except Exception as error:
                 failures.append(f"step {step}: {error}")
                 warnings.warn(
-                    f"The checkpoint of step {step} in {self._directory} cannot be read, an "
-                    f"earlier one is taken: {error}",
+                    f"The checkpoint of step {step} in {self._directory} cannot be read. "
+                    f"Trying an earlier one. {error}",
                     stacklevel=2,
                 )
                 continue
@@ -175,19 +180,20 @@ class Checkpoints:
         ours = self._config
         names = [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
         changed = [
-            f"{name}: {theirs.get(name)!r} then, {ours.get(name)!r} now"
+            f"{name} was {theirs.get(name)!r} and is {ours.get(name)!r}"
             for name in names
             if not name.startswith(MAY_CHANGE)
         ]
         if changed:
             raise CheckpointError(
                 f"The checkpoints in {self._directory} are of a run with other settings: "
-                f"{'; '.join(changed)}. Give the same ones to go on, or another --out."
+                f"{'; '.join(changed)}. Give the same settings to continue, or "
+                "choose another --out."
             )
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """The settings by their names, such as ``"training.steps"``, as JSON would have them."""
+    """The settings by name, such as ``"training.steps"``, with values of JSON."""
     flat = {}
     for part, settings in dataclasses.asdict(config).items():
         if isinstance(settings, dict):
@@ -196,7 +202,7 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 class _Best(preservation_policy.PreservationPolicy):
-    """Keeps the best step, which later checkpoints remember."""
+    """Preserves the checkpoint of the best step."""
 
     def __init__(self, checkpoints: Checkpoints):
         self._checkpoints = checkpoints
@@ -204,7 +210,3 @@ class _Best(preservation_policy.PreservationPolicy):
     def should_preserve(self, checkpoints: Any, *, context: Any) -> list[bool]:
         del context
         return [each.step == self._checkpoints._best for each in checkpoints]
-
-
-def _json(content: dict[str, Any]) -> Any:
-    return ocp.args.JsonSave(content)

@@ -1,4 +1,4 @@
-"""`python -m examples.finetune.compare RUN...`: runs side by side, the seeds of each as one row."""
+"""`python -m examples.finetune.compare RUN...`: a table of runs, averaged over seeds."""
 
 import json
 import sys
@@ -11,12 +11,13 @@ import numpy as np
 import tyro
 from rich.console import Console
 
-from examples.finetune.report import as_markdown_table, as_rich
+from examples.common.tables import as_markdown_table
+from examples.finetune.report import as_rich
 
 PROGRAM = "python -m examples.finetune.compare"
-# Runs that differ in nothing else are repetitions of each other.
+# Runs that differ in these settings only are repetitions.
 REPEATED = ("training.seed", "data.split_seed")
-# What a run does, but not what comes out of it.
+# Settings that do not change the results.
 IGNORED = ("output.", "devices.", "data.workers", "training.evaluation_batch_size")
 
 
@@ -27,7 +28,7 @@ class Config:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Directories of runs, each with its summary.json."""
     baseline: Path | None = None
-    """One of them: differences are taken against its setting, seed by seed."""
+    """One of the runs: differences are computed from its setting, seed by seed."""
     markdown: bool = False
     """Print a Markdown table."""
 
@@ -36,9 +37,9 @@ class Run(NamedTuple):
     """A finished run.
 
     Attributes:
-        setting: What was set, without seeds, as names and values.
-        seeds: The values of the settings that are repeated.
-        summary: All that it wrote down.
+        setting: The settings without seeds, as names and values.
+        seeds: The values of the seeds.
+        summary: The content of its summary.json.
     """
 
     setting: tuple[tuple[str, str], ...]
@@ -46,19 +47,19 @@ class Run(NamedTuple):
     summary: Mapping[str, Any]
 
     def percent(self, split: str) -> float:
-        """Its accuracy."""
+        """The accuracy in percent."""
         return 100 * self.summary[split]["accuracy"]
 
 
 def read(directory: Path) -> Run:
-    """Reads what a run wrote down.
+    """Reads the summary of a run.
 
     Raises:
         FileNotFoundError: If it has not finished.
     """
     file = directory / "summary.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{directory} has no summary.json: it is no run, or not finished.")
+        raise FileNotFoundError(f"{directory} has no summary.json: it is not a finished run.")
     summary = json.loads(file.read_text())
     config = summary["config"]
     kept = {
@@ -70,16 +71,16 @@ def read(directory: Path) -> Run:
 
 
 def rows(runs: Sequence[Run], baseline: Run | None) -> list[list[str]]:
-    """A head, then a row for each setting, in the order in which they were given.
+    """A header, then a row for each setting, in the order of the arguments.
 
     Raises:
-        ValueError: If a run is there twice, or the baseline lacks a seed.
+        ValueError: If two runs have the same setting and seeds, or the baseline lacks a seed.
     """
     groups: dict[tuple[tuple[str, str], ...], dict[tuple[Any, ...], Run]] = {}
     for run in runs:
         group = groups.setdefault(run.setting, {})
         if run.seeds in group:
-            raise ValueError(f"Two runs are the same, that of {REPEATED} = {run.seeds} too.")
+            raise ValueError(f"Two runs are the same, including {REPEATED} = {run.seeds}.")
         group[run.seeds] = run
     differing = [
         name
@@ -106,14 +107,14 @@ def rows(runs: Sequence[Run], baseline: Run | None) -> list[list[str]]:
 
 
 def short(value: str) -> str:
-    """A setting's value for a cell: of a path its last part, nothing for what was not set."""
+    """Formats a setting for a cell: the last part of a path, nothing for ``None``."""
     if value == "None":
         return ""
     return Path(value).name if Path(value).is_absolute() else value
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean and standard deviation; of a single value itself."""
+    """Formats mean and standard deviation; a single value has no deviation."""
     mean = f"{np.mean(values):{sign}.1f}".replace("-", "−")
     return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.1f}"
 
@@ -131,7 +132,7 @@ def main(arguments: Sequence[str]) -> int:
     if config.markdown:
         print(as_markdown_table(table))
     else:
-        # Rather a long line than half a number.
+        # Long lines are better than truncated numbers.
         width = sum(max(map(len, column)) + 2 for column in zip(*table, strict=True))
         console = Console(highlight=False, markup=False)
         console.width = max(console.width, width)

@@ -1,11 +1,13 @@
-"""What can be set, what the presets set, and what cannot be."""
+"""The settings of a run, their presets and their checks."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from examples.common.data import DataConfig
+from examples.common.objective import REGULARIZERS
 
 RegularizerName = Literal[
     "none",
@@ -40,24 +42,6 @@ RuleName = Literal[
     "cagrad",
     "config",
 ]
-# What the authors' codes use; 0.01 where nothing is published for fine-tuning.
-REG_WEIGHTS: dict[str, float] = {
-    "none": 0.0,
-    "l2": 5e-4,
-    "l2_sp": 0.01,
-    "l2_sp_fisher": 0.01,
-    "distillation": 1.0,
-    "logit_matching": 0.01,
-    "label_smoothing": 0.1,
-    "co_tuning": 2.3,
-    "feature_distillation": 0.01,
-    "attention_transfer": 1000.0,
-    "delta": 0.01,
-    "delta_attention": 0.01,
-    "batch_spectral_shrinkage": 1e-3,
-    "adversarial": 1.0,
-    "virtual_adversarial": 1.0,
-}
 
 
 @dataclass(frozen=True)
@@ -65,70 +49,69 @@ class ModelConfig:
     """The network and where its weights come from."""
 
     init: str | None = None
-    """Weights: a .safetensors file, a folder with one, or a name on the Hugging Face hub.
-    Names look like timm/resnet50.a1_in1k. Without weights, training is from scratch."""
+    """Weights: a .safetensors file, a folder with one, or a name on the Hugging Face hub such as
+    timm/resnet50.a1_in1k. If not set, training is from scratch."""
     architecture: str | None = None
     """resnet18, 34, 50, 101, 152, or cifar_resnet20, 32, 44, 56, 110.
-    Read off the weights where there are any."""
+    Inferred from the weights, if there are any."""
     width: int | None = None
-    """Channels of the first stage, where training is from scratch; the standard ones if not set."""
+    """Channels of the first stage in training from scratch; the standard number if not set."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations. Weights, statistics and the optimizer are in float32."""
+    """Dtype of activations. Weights, statistics and the optimizer state are float32."""
     frozen_batch_norm: bool = False
-    """Batch norm runs on the pre-trained averages and leaves them as they are."""
+    """Batch norm uses the pre-trained averages and does not update them."""
     freeze: tuple[str, ...] = ()
-    """Parameters that are not trained, as globs on their paths: conv1 'layer1/*'."""
+    """Parameters that are not trained, as globs on their paths, such as conv1 'layer1/*'."""
     mean: tuple[float, float, float] | None = None
-    """Mean of the channels, from 0 to 1, that images are standardised by.
-    If not set, that of the weights' file, or ImageNet's."""
+    """Mean of the channels, from 0 to 1, for standardising images.
+    If not set, that of the weights file, or ImageNet's."""
     std: tuple[float, float, float] | None = None
-    """Standard deviation of the channels, likewise."""
+    """Standard deviation of the channels, with the same default."""
 
 
 @dataclass(frozen=True)
 class TransferConfig:
-    """What is kept of the pre-trained network, and who wins where the two gradients conflict."""
+    """The regularizer, and the rule that combines its gradient with that of the loss."""
 
     regularizer: RegularizerName = "l2_sp"
-    """Ω. delta_attention is DELTA with channel weights, delta without."""
+    """The regularizer Ω. delta_attention is DELTA with channel weights, delta without."""
     rule: RuleName = "bounded_dtnh"
-    """How the gradients of loss and regularizer become one direction.
-    bounded_dtnh is the one that the experiment recommends, dtnh the paper's."""
+    """The rule that combines the gradients of loss and regularizer.
+    bounded_dtnh, the recommended one, is dtnh_sgd or dtnh_adamw, depending on the optimizer.
+    dtnh is the paper's."""
     reg_weight: float | None = None
-    """λ. If not set, the one of the regularizer's authors."""
+    """The weight λ of the regularizer. If not set, that of the regularizer's authors."""
     scope: Literal["global", "layer", "leaf", "element"] = "layer"
-    """Which parameters are one vector to the rule."""
-    mode: Literal["conflict", "orthogonal"] = "conflict"
-    """dtnh, decoupled: whether to remove on conflict, or always."""
-    action: Literal["project", "gate", "cosine", "keep"] = "project"
-    """dtnh, decoupled: what to do on conflict. gate drops the regularizer's gradient."""
+    """The groups of parameters that the rule is applied to separately."""
+    on_conflict: Literal["project", "orthogonal", "gate", "cosine", "keep"] = "project"
+    """dtnh, decoupled: what the rule does with a conflicting regularizer gradient."""
     max_ratio: float | None = None
-    """dtnh, bounded_dtnh: how long the regularizer's part may be, as a multiple of the loss's.
-    If not set, there is no bound in dtnh, and it is 1 in bounded_dtnh."""
+    """dtnh, bounded_dtnh: the largest norm of the regularizer's part, as a multiple of the loss's.
+    If not set, dtnh has no bound, and bounded_dtnh has 1."""
     reference_decay: float = 0.0
-    """dtnh, decoupled: hold the regularizer against an average of the loss gradient, of this decay.
-    0: against the batch's own, as in the paper."""
+    """dtnh, decoupled: compare with an exponential average of the loss gradient, with this decay.
+    0: compare with the gradient of the batch, as in the paper."""
     features: tuple[str, ...] = ()
-    """Feature maps that the feature regularizers look at, by path.
-    If not set, the stages' outputs; for delta_attention, the last convolution of each."""
+    """Feature maps that the feature regularizers compare, by path.
+    If not set, the output of each stage; for delta_attention, its last convolution."""
     temperature: float = 2.0
-    """Of distillation."""
+    """The temperature of distillation."""
     epsilon: float = 0.03
-    """adversarial, virtual_adversarial: the size of the change, images being from 0 to 1.
-    For the latter it is the root of the mean square."""
+    """adversarial, virtual_adversarial: the size of the perturbation, for images from 0 to 1.
+    The largest absolute value for the former, the root mean square for the latter."""
     estimation_images: int = 1024
-    """l2_sp_fisher, delta_attention, co_tuning: training images that they are estimated from.
-    Once, before training."""
+    """l2_sp_fisher, delta_attention, co_tuning: training images that are used for the estimation
+    before training."""
 
     @property
     def weight(self) -> float:
-        """The regularizer weight that is used."""
-        return REG_WEIGHTS[self.regularizer] if self.reg_weight is None else self.reg_weight
+        """The weight λ."""
+        return REGULARIZERS[self.regularizer].weight if self.reg_weight is None else self.reg_weight
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How the optimizer goes."""
+    """The optimizer, the batches and the evaluations."""
 
     steps: int = 2000
     """Steps of the optimizer."""
@@ -137,99 +120,93 @@ class TrainingConfig:
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
     learning_rate: float = 0.01
-    """The largest learning rate."""
+    """The peak learning rate."""
     momentum: float = 0.9
     """sgd: momentum. adamw: b1."""
     nesterov: bool = False
-    """Nesterov's momentum."""
+    """Use Nesterov momentum."""
     weight_decay: float = 0.0
-    """Of kernels, not of biases and norms: coupled in sgd, as in PyTorch, decoupled in adamw."""
+    """Weight decay of kernels, not of biases and norms: part of the gradient in sgd, as in PyTorch;
+    decoupled in adamw."""
     head_learning_rate: float = 1.0
-    """The new head's learning rate, as a multiple of the others'."""
+    """The learning rate of the new head, as a multiple of learning_rate."""
     schedule: Literal["cosine", "step", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    """The schedule of the learning rate after the warm-up."""
     warmup_steps: int = 0
-    """Steps in which the learning rate rises from 0, linearly."""
+    """Steps in which the learning rate rises linearly from 0."""
     decay_at: tuple[float, ...] = (2 / 3,)
-    """schedule=step: when the learning rate falls, as shares of all steps."""
+    """schedule=step: when the learning rate is decayed, as fractions of all steps."""
     decay_factor: float = 0.1
-    """schedule=step: what it is multiplied by."""
+    """schedule=step: the factor of each decay."""
     label_smoothing: float = 0.0
-    """The share of the label that goes to all classes alike."""
+    """Label smoothing of the loss."""
     clip_norm: float | None = None
-    """The longest direction.
-    It is clipped after the rule. Before it, the loss's would shrink with the regularizer's."""
+    """The largest global norm of a gradient, which is clipped before momentum or Adam.
+    bounded_dtnh clips the gradients of loss and regularizer separately, other rules their
+    combination, decoupled that of the loss."""
     accumulate: int = 1
-    """Micro-batches in a step. Both gradients are averaged over them, then the rule acts once."""
+    """Micro-batches in a step. Both gradients are averaged over them before the rule."""
     average_decay: float | None = None
-    """Evaluate an exponential average of the weights with this decay, rather than the last ones."""
+    """Evaluate an exponential average of the weights with this decay. If not set, evaluate the
+    current weights."""
     choose_by: Literal["accuracy", "balanced_accuracy", "loss"] = "accuracy"
-    """What the best step is chosen by, on validation images."""
+    """The metric on validation images that selects the best step."""
     evaluate_every: int = 200
-    """Steps between looks at the validation images."""
+    """Steps between evaluations on the validation images."""
     evaluation_batch_size: int = 256
-    """Images in a batch of an evaluation."""
+    """Images in a batch of evaluation."""
     seed: int = 0
-    """Draws the new head's weights, the batches and the augmentation."""
+    """The seed of the new head, the batches and the augmentation."""
 
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """Which devices share the work."""
+    """Devices and processes."""
 
     mesh: str = "data"
-    """data: every device has all weights and a part of the batch.
-    fsdp: and a part of the weights.
-    4x2: four such groups of two that share the weights."""
+    """data: shard the batch over all devices.
+    fsdp: shard the weights too.
+    4x2: four groups of two devices; each group shards the weights."""
     coordinator: str | None = None
-    """Address, host:port, of the first of several processes; auto: what the cluster says."""
+    """The address host:port of the first of several processes; auto: detect the cluster."""
     processes: int | None = None
-    """How many processes there are."""
+    """The number of processes."""
     process: int | None = None
-    """Which of them this is, from 0."""
+    """The index of this process, from 0."""
     prefetch: int = 2
-    """Batches that are moved to the devices ahead of time."""
+    """Batches that are transferred to the devices in advance."""
 
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """What is kept of the run."""
+    """Checkpoints and logs."""
 
     out: Path = Path("results/finetune")
-    """Directory for checkpoints, logs, tables, figures and the fine-tuned weights."""
+    """The directory of checkpoints, logs, tables, figures and the fine-tuned weights."""
     resume: bool = False
-    """Go on from the last checkpoint in the directory, or begin if there is none."""
+    """Continue from the last checkpoint in the directory, or start if there is none."""
     checkpoint_every: int | None = None
-    """Steps between checkpoints; if not set, as often as there is an evaluation."""
+    """Steps between checkpoints; evaluate_every if not set."""
     keep_last: int = 1
-    """How many of the last checkpoints are kept, beside the best."""
+    """The number of last checkpoints that are kept, beside the best."""
     log_every: int = 20
-    """Steps between lines of the logs, which have the means over them."""
+    """Steps between records of the logs, which are averages over these steps."""
     tensorboard: bool = True
-    """Write TensorBoard's event files too."""
+    """Write TensorBoard event files."""
 
 
 PresetName = Literal["standard", "paper", "cpu"]
 
-# Regularizers that hold the network against the pre-trained one.
-NEED_SOURCE = frozenset(REG_WEIGHTS) - {
-    "none",
-    "l2",
-    "batch_spectral_shrinkage",
-    "adversarial",
-    "virtual_adversarial",
-}
-
 
 @dataclass(frozen=True)
 class Config:
-    """Fine-tune a ResNet, and keep the regularizer from fighting the task."""
+    """Fine-tune a ResNet with a regularizer that does not oppose the loss."""
 
     data: DataConfig
     preset: PresetName = "standard"
-    """What is not set on the command line.
-    paper: the literature's protocol, 224 px, 9,000 steps of 64 at 0.01, tenfold less after 6,000,
-    and the paper's rule.
+    """The defaults of the other settings.
+    paper: the protocol and the rule of the paper: 224 px, 9,000 steps with 64 images, and a
+    learning rate of 0.01 that is divided by 10 after 6,000 steps.
     cpu: 32 px and 300 steps, for a CIFAR ResNet."""
     model: ModelConfig = field(default_factory=ModelConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
@@ -241,11 +218,8 @@ class Config:
         _check_training(self.training)
         _check_transfer(self.transfer)
         _check_devices(self.devices)
-        if self.output.keep_last < 1 or self.output.log_every < 1 or self.checkpoint_every < 1:
-            raise ValueError(
-                "keep_last, log_every and checkpoint_every must be at least 1; got "
-                f"{self.output.keep_last}, {self.output.log_every}, {self.checkpoint_every}."
-            )
+        for name in ("keep_last", "log_every", "checkpoint_every"):
+            _check(self.output, name, lambda value: value >= 1, "be at least 1")
 
     @property
     def checkpoint_every(self) -> int:
@@ -257,11 +231,11 @@ def preset(name: PresetName, dataset: Any) -> Config:
     """The settings of a preset.
 
     Args:
-        name: Which one.
-        dataset: The data set, or what stands for one that is still to be given.
+        name: The preset.
+        dataset: The data set, or a placeholder for it.
 
     Returns:
-        A config that lacks the network.
+        A config without a network.
     """
     if name == "cpu":
         return Config(
@@ -281,33 +255,17 @@ def preset(name: PresetName, dataset: Any) -> Config:
 
 
 def _check_training(training: TrainingConfig) -> None:
-    for name in (
-        "steps",
-        "batch_size",
-        "accumulate",
-        "evaluate_every",
-        "evaluation_batch_size",
-    ):
-        if getattr(training, name) < 1:
-            raise ValueError(f"{name} must be at least 1; got {getattr(training, name)}.")
-    for name in ("learning_rate", "head_learning_rate"):
-        if not getattr(training, name) > 0:
-            raise ValueError(f"{name} must be positive; got {getattr(training, name)}.")
+    for name in ("steps", "batch_size", "accumulate", "evaluate_every", "evaluation_batch_size"):
+        _check(training, name, lambda value: value >= 1, "be at least 1")
+    for name in ("learning_rate", "head_learning_rate", "clip_norm"):
+        _check(training, name, lambda value: value > 0, "be positive")
     for name in ("momentum", "label_smoothing", "average_decay"):
-        value = getattr(training, name)
-        if value is not None and not 0 <= value < 1:
-            raise ValueError(f"{name} must be at least 0 and below 1; got {value}.")
-    if training.weight_decay < 0:
-        raise ValueError(f"weight_decay must not be negative; got {training.weight_decay}.")
-    if training.clip_norm is not None and not training.clip_norm > 0:
-        raise ValueError(f"clip_norm must be positive; got {training.clip_norm}.")
-    if not 0 <= training.warmup_steps < training.steps:
-        raise ValueError(
-            f"warmup_steps must be at least 0 and below steps, {training.steps}; got "
-            f"{training.warmup_steps}."
-        )
-    if not all(0 < share < 1 for share in training.decay_at):
-        raise ValueError(f"decay_at has shares of all steps, in (0, 1); got {training.decay_at}.")
+        _check(training, name, lambda value: 0 <= value < 1, "be at least 0 and below 1")
+    _check(training, "weight_decay", lambda value: value >= 0, "not be negative")
+    below_steps = f"be at least 0 and below steps, {training.steps}"
+    _check(training, "warmup_steps", lambda value: 0 <= value < training.steps, below_steps)
+    in_range = "be fractions of all steps, in (0, 1)"
+    _check(training, "decay_at", lambda shares: all(0 < x < 1 for x in shares), in_range)
     if training.batch_size % training.accumulate:
         raise ValueError(
             f"batch_size must be a multiple of accumulate; got {training.batch_size} images in "
@@ -316,42 +274,36 @@ def _check_training(training: TrainingConfig) -> None:
 
 
 def _check_transfer(transfer: TransferConfig) -> None:
-    if transfer.reg_weight is not None and not transfer.reg_weight >= 0:
-        raise ValueError(f"reg_weight must not be negative; got {transfer.reg_weight}.")
-    if not 0 <= transfer.reference_decay < 1:
-        raise ValueError(
-            f"reference_decay must be at least 0 and below 1; got {transfer.reference_decay}."
-        )
+    for name in ("reg_weight", "max_ratio"):
+        _check(transfer, name, lambda value: value >= 0, "not be negative")
     for name in ("temperature", "epsilon", "estimation_images"):
-        if not getattr(transfer, name) > 0:
-            raise ValueError(f"{name} must be positive; got {getattr(transfer, name)}.")
-    chosen = {
-        "mode": transfer.mode != "conflict",
-        "action": transfer.action != "project",
-        "reference_decay": transfer.reference_decay != 0,
-    }
-    if transfer.rule not in ("dtnh", "decoupled") and any(chosen.values()):
-        names = ", ".join(name for name, is_chosen in chosen.items() if is_chosen)
-        raise ValueError(f"{names}: a choice of the rules dtnh and decoupled, not {transfer.rule}.")
-    if transfer.max_ratio is not None:
-        if transfer.rule not in ("dtnh", "bounded_dtnh"):
+        _check(transfer, name, lambda value: value > 0, "be positive")
+    _check(transfer, "reference_decay", lambda value: 0 <= value < 1, "be at least 0 and below 1")
+    for name, rules in (
+        ("on_conflict", ("dtnh", "decoupled")),
+        ("reference_decay", ("dtnh", "decoupled")),
+        ("max_ratio", ("dtnh", "bounded_dtnh")),
+    ):
+        is_set = getattr(transfer, name) != getattr(TransferConfig, name)
+        if is_set and transfer.rule not in rules:
             raise ValueError(
-                f"max_ratio: a choice of the rules dtnh and bounded_dtnh, not {transfer.rule}."
+                f"{name} is an option of the rules {' and '.join(rules)}, not of {transfer.rule}."
             )
-        if not transfer.max_ratio >= 0:
-            raise ValueError(f"max_ratio must not be negative; got {transfer.max_ratio}.")
 
 
 def _check_devices(devices: DeviceConfig) -> None:
-    if devices.mesh not in ("data", "fsdp") and not re.fullmatch(
-        r"[1-9]\d*x[1-9]\d*", devices.mesh
-    ):
-        raise ValueError(f"mesh must be data, fsdp, or like 4x2; got {devices.mesh!r}.")
-    if devices.prefetch < 1:
-        raise ValueError(f"prefetch must be at least 1; got {devices.prefetch}.")
+    mesh = re.compile(r"data|fsdp|[1-9]\d*x[1-9]\d*")
+    _check(devices, "mesh", mesh.fullmatch, "be data, fsdp, or like 4x2")
+    _check(devices, "prefetch", lambda value: value >= 1, "be at least 1")
     together = devices.coordinator is not None and devices.coordinator != "auto"
     if together != (devices.processes is not None) or together != (devices.process is not None):
         raise ValueError(
-            "Several processes want coordinator, processes and process, all three; or "
-            "coordinator=auto alone, on a cluster that JAX knows."
+            "Several processes need coordinator, processes and process, all three; or "
+            "coordinator=auto alone, on a cluster that JAX detects."
         )
+
+
+def _check(settings: Any, name: str, is_valid: Callable[[Any], Any], requirement: str) -> None:
+    value = getattr(settings, name)
+    if value is not None and not is_valid(value):
+        raise ValueError(f"{name} must {requirement}; got {value!r}.")

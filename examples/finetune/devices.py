@@ -1,4 +1,4 @@
-"""Which device has what: the batch is shared out, and with ``fsdp`` the weights are too."""
+"""Devices and shardings: the batch is sharded, and with ``fsdp`` the weights are too."""
 
 from typing import Any
 
@@ -9,30 +9,36 @@ from jax.sharding import PartitionSpec as P
 
 from examples.finetune.config import DeviceConfig
 
-# Smaller arrays are not worth a message between devices.
+# Smaller arrays are replicated: sending them would take longer than keeping them everywhere.
 SMALLEST_TO_SHARD = 2**12
 
 
 def start_processes(config: DeviceConfig) -> None:
-    """Joins the other processes of the run, before any device is asked for."""
+    """Connects the processes of the run. Must run before JAX initializes its devices."""
     if config.coordinator == "auto":
         jax.distributed.initialize()
     elif config.coordinator is not None:
         jax.distributed.initialize(config.coordinator, config.processes, config.process)
 
 
+def process() -> dict[str, int]:
+    """The index of this process and their number, as arguments of the data pipeline."""
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+
+
 def make_mesh(config: DeviceConfig, batch_size: int) -> Mesh:
-    """All devices of all processes, along ``data`` and ``fsdp``.
+    """Makes a mesh of all devices of all processes, with the axes ``data`` and ``fsdp``.
 
     Args:
-        config: How many there are along each.
-        batch_size: Images that they share in a micro-batch.
+        config: The size of the axes.
+        batch_size: Images in a micro-batch.
 
     Returns:
         The mesh.
 
     Raises:
-        ValueError: If there are not as many devices, or they cannot share the batch evenly.
+        ValueError: If the mesh does not fit the number of devices, or the batch size is not a
+            multiple of it.
     """
     n_devices = jax.device_count()
     data, fsdp = {
@@ -41,7 +47,7 @@ def make_mesh(config: DeviceConfig, batch_size: int) -> Mesh:
     }.get(config.mesh) or map(int, config.mesh.split("x"))
     if data * fsdp != n_devices:
         raise ValueError(
-            f"mesh={config.mesh} is for {data * fsdp} devices; there are {n_devices}. Take data or "
+            f"mesh={config.mesh} is for {data * fsdp} devices; there are {n_devices}. Use data or "
             "fsdp, which fit any number."
         )
     if batch_size % n_devices:
@@ -53,25 +59,25 @@ def make_mesh(config: DeviceConfig, batch_size: int) -> Mesh:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Images lie on all devices, along their first axis."""
+    """The sharding of a batch: along its first axis, over all devices."""
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device has it whole."""
+    """The sharding of an array that every device has."""
     return NamedSharding(mesh, P())
 
 
 def state_sharding(state: Any, mesh: Mesh) -> Any:
-    """Where each array of the state lies: the same rule for weights, momenta and averages.
+    """The sharding of weights, momenta and averages.
 
     Args:
         state: A tree of arrays or of their shapes.
         mesh: The devices.
 
     Returns:
-        A tree of shardings. Along ``fsdp``, large arrays are cut on their longest axis that it
-        divides.
+        A tree of shardings. Large arrays are sharded along ``fsdp``, on the longest axis that the
+        number of devices divides.
     """
     n_parts = mesh.shape["fsdp"]
 
@@ -86,10 +92,29 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Puts arrays that every process has whole onto the devices."""
+    """Moves arrays that every process has to the devices, with a sharding for each."""
 
     def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
         whole = np.asarray(leaf)
         return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
     return jax.tree.map(put, tree, shardings)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Moves arrays that every process has to every device."""
+    return place(tree, jax.tree.map(lambda _: replicated(mesh), tree))
+
+
+def gather(tree: Any, mesh: Mesh) -> Any:
+    """Copies sharded arrays to the memory of every process."""
+    return jax.device_get(jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(tree))
+
+
+def abstract(shapes: Any, shardings: Any) -> Any:
+    """Shapes and dtypes with a sharding for each."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )

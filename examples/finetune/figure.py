@@ -1,4 +1,4 @@
-"""Learning curves, where loss and regularizer were in conflict, and what is taken for what."""
+"""Figures of a run: learning curves, the conflict by layer and step, and the confusion matrix."""
 
 import itertools
 from collections.abc import Iterable, Sequence
@@ -6,14 +6,15 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.metrics import ConfusionMatrixDisplay
 
 from examples.finetune.logs import Record
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = {"train": "#0072B2", "validation": "#D55E00", "reg": "#009E73"}
-ROW_HEIGHT, MAP_HEIGHT = 0.13, 8  # inches: a label that can be read, the highest heat map
+ROW_HEIGHT, MAP_HEIGHT = 0.13, 8  # inches: of a readable label; of the largest heat map
 MAX_COLUMNS = 400
-NAMED_CELLS, NAMED_CLASSES = 12, 40  # the most classes with numbers in the cells, and names
+NAMED_CELLS, NAMED_CLASSES = 12, 40  # most classes with numbers in the cells; most tick labels
 
 
 def draw(
@@ -23,14 +24,14 @@ def draw(
     title: str,
     best_step: int | None = None,
 ) -> Figure:
-    """Learning curves, and below them the cosine of the two gradients by layer and step.
+    """Draws learning curves, and below them the cosine of the two gradients by layer and step.
 
     Args:
-        records: What the logs hold, see :func:`logs.read`.
-        layer_order: Names of the layers from image to logits. A group of parameters comes where
-            the first of its layers is; one that has none comes last.
-        title: What the figure is of.
-        best_step: The step that was chosen, to be marked.
+        records: The records of a run, see :func:`logs.read`.
+        layer_order: Names of the layers from image to logits. A group of parameters is placed at
+            its first layer; a group without a layer is last.
+        title: The title.
+        best_step: The chosen step, which is marked.
 
     Returns:
         The figure. Without a regularizer there is no heat map.
@@ -61,7 +62,7 @@ def draw(
 def draw_curves(
     axes: Axes, panel: str, train: Sequence[Record], validation: Sequence[Record]
 ) -> None:
-    """One of loss, regularizer and accuracy over training."""
+    """Draws loss, regularizer or accuracy over the training."""
     scale = 100 if panel == "accuracy" else 1
     names = {"loss": "loss", "reg": "regularizer Ω", "accuracy": "accuracy, %"}
     for split, of_split in (("train", train), ("validation", validation)):
@@ -92,7 +93,7 @@ def draw_curves(
 
 
 def smoothed(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Running means over a thirtieth of the curve."""
+    """Moving averages over a thirtieth of the curve."""
     window = max(1, len(values) // 30)
     kernel = np.full(window, 1 / window)
     return np.convolve(steps, kernel, "valid"), np.convolve(values, kernel, "valid")
@@ -104,8 +105,8 @@ def cosines(
     """The cosine of each group at each record.
 
     Returns:
-        Steps ``(n,)``; names of the groups in the network's order; cosines ``(groups, n)``, NaN
-        where there is none.
+        Steps ``(n,)``; names of the groups in the order of the network; cosines ``(groups, n)``,
+        NaN where a record has none.
     """
     measured = [record for record in records if record.groups]
     names = dict.fromkeys(name for record in measured for name in record.groups or ())
@@ -118,7 +119,7 @@ def cosines(
 
 
 def in_network_order(groups: Iterable[str], layer_order: Sequence[str]) -> list[str]:
-    """The groups, be they layers, leaves of layers or stages, from image to logits."""
+    """Sorts groups, which can be layers, parameters or stages, from image to logits."""
 
     def position(group: str) -> int:
         for index, layer in enumerate(layer_order):
@@ -130,8 +131,8 @@ def in_network_order(groups: Iterable[str], layer_order: Sequence[str]) -> list[
 
 
 def draw_cosines(axes: Axes, steps: np.ndarray, groups: Sequence[str], cosine: np.ndarray) -> None:
-    """The heat map: a row for each group, white where the gradients are at right angles."""
-    # Means over runs of columns: a picture that leaves out columns shows patterns that are not.
+    """Draws the heat map: a row for each group, white where the gradients are orthogonal."""
+    # Averages of neighbouring columns: leaving columns out would cause aliasing.
     bins = np.array_split(np.arange(len(steps)), min(len(steps), MAX_COLUMNS))
     finite = np.ma.masked_invalid(cosine)
     shown = np.ma.stack([finite[:, each].mean(axis=1) for each in bins], axis=1)
@@ -165,14 +166,14 @@ def draw_cosines(axes: Axes, steps: np.ndarray, groups: Sequence[str], cosine: n
 
 
 def row_labels(groups: Sequence[str], room: int) -> tuple[list[float], list[str], list[int]]:
-    """Each row's name or, where they are too many to be read, what runs of rows share.
+    """The name of each row or, if there are too many, the common prefix of neighbouring rows.
 
     Args:
         groups: Names of the rows, such as ``layer1/0/conv1``.
-        room: How many labels can be read.
+        room: The largest number of labels.
 
     Returns:
-        Where the labels are, the labels, and where lines are to be between runs of rows.
+        Positions of the labels, the labels, and positions of the lines between runs of rows.
     """
     runs = []
     for depth in range(max(name.count("/") for name in groups) + 1, 0, -1):
@@ -191,16 +192,16 @@ def row_labels(groups: Sequence[str], room: int) -> tuple[list[float], list[str]
 
 
 def draw_confusion(matrix: np.ndarray, class_names: Sequence[str], *, title: str = "") -> Figure:
-    """Which class is taken for which.
+    """Draws a confusion matrix, coloured by the share of the true class.
 
     Args:
         matrix: Images by true class (row) and predicted class (column), ``(n_classes, n_classes)``.
         class_names: Names of the classes.
-        title: What the figure is of.
+        title: The title.
 
     Returns:
-        The figure. A few classes have numbers in the cells; many have no names at the axes, but a
-        list of the pairs that are most often confused.
+        The figure. A few classes have numbers in the cells; with many, a list beside the matrix
+        names the pairs that are most often confused.
     """
     n_classes = len(class_names)
     names = [shortened(name) for name in class_names]
@@ -209,22 +210,25 @@ def draw_confusion(matrix: np.ndarray, class_names: Sequence[str], *, title: str
     listed = n_classes > NAMED_CELLS
     side = min(max(0.5 * n_classes, 3.5), 6.5)
     figure = Figure(figsize=(side + 2.5 + 4 * listed, side + 1.5), layout="compressed")
-    axes = figure.add_subplot()
-    image = axes.imshow(100 * share, cmap="Blues", vmin=0, vmax=100, interpolation="nearest")
-    axes.set_facecolor("0.8")
-    axes.set_title(title)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
+    axes = figure.add_subplot(title=title, facecolor="0.8")
+    display = ConfusionMatrixDisplay(100 * share, display_labels=names)
+    display.plot(
+        ax=axes,
+        cmap="Blues",
+        include_values=not listed,
+        im_kw={"vmin": 0, "vmax": 100},
+        colorbar=False,
+    )
+    if display.text_ is not None:
+        for cell, count in zip(display.text_.flat, matrix.flat, strict=True):
+            cell.set_text(str(count) if count else "")
     named = range(0, n_classes, -(-n_classes // NAMED_CLASSES))
     axes.set_xticks(named, [names[index] for index in named], rotation=90)
     axes.set_yticks(named, [names[index] for index in named])
     axes.tick_params(length=0, labelsize=9 if n_classes <= 20 else 7)
-    if not listed:
-        for (row, column), value in np.ndenumerate(matrix):
-            if value:
-                colour = "white" if share[row, column] > 0.6 else "black"
-                axes.text(column, row, str(value), ha="center", va="center", color=colour)
-    bar = figure.colorbar(image, ax=axes, label="% of the true class", fraction=0.04, pad=0.02)
+    bar = figure.colorbar(
+        display.im_, ax=axes, label="% of the true class", fraction=0.04, pad=0.02
+    )
     if listed:
         pairs = [
             f"{count:4d}  {names[true]} → {names[predicted]}"
@@ -243,7 +247,7 @@ def draw_confusion(matrix: np.ndarray, class_names: Sequence[str], *, title: str
 
 
 def most_confused(matrix: np.ndarray, most: int) -> list[tuple[int, int, int]]:
-    """The pairs of a true class and another one that is predicted, most images first.
+    """The most frequent pairs of a true class and a wrong prediction, most images first.
 
     Returns:
         At most ``most`` triples of true class, predicted class, and number of images.
@@ -256,6 +260,6 @@ def most_confused(matrix: np.ndarray, most: int) -> list[tuple[int, int, int]]:
 
 
 def shortened(name: str, length: int = 20) -> str:
-    """A name that is not too long for a label, and no formula to Matplotlib."""
+    """Shortens a name for a label, and escapes ``$``, which starts a formula in Matplotlib."""
     name = name if len(name) <= length else name[: length - 1] + "…"
     return name.replace("$", r"\$")

@@ -1,53 +1,50 @@
-"""What a run writes down while it trains, and what a person sees of it meanwhile."""
+"""The logs of a run: JSON lines, a CSV table and TensorBoard event files."""
 
 import csv
 import dataclasses
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import jax
 import numpy as np
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
 from tensorboardX import SummaryWriter
 
 import dtnh_jax
 from examples.common.files import write
+from examples.finetune.metrics import Metrics
 
 Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
 class Record:
-    """What was measured at a step on a split; what was not measured is left out."""
+    """The measurements of a step on a split; ``None`` for what was not measured."""
 
     step: int
-    """Steps taken, 1 after the first."""
+    """The number of steps so far, 1 after the first."""
     split: Split
-    """Where it was measured."""
+    """The images."""
     loss: float | None = None
     """Mean loss."""
     reg: float | None = None
     """Value of the regularizer."""
     accuracy: float | None = None
-    """Share of the images that is right."""
+    """Share of correct images."""
     top5: float | None = None
-    """Share of the images whose class is among the five likeliest."""
+    """Share of the images whose class is among the five most probable."""
     balanced_accuracy: float | None = None
-    """Mean over the classes of the share that is right."""
+    """Mean recall of the classes."""
     cosine: float | None = None
     """Cosine of the loss and regularizer gradients, all groups as one vector."""
     conflict: float | None = None
     """Share of the groups whose two gradients conflict."""
     removed: float | None = None
-    """Share of the regularizer's gradient that the rule took away."""
+    """Share of the regularizer gradient that the rule removed."""
     learning_rate: float | None = None
     """Learning rate of the backbone."""
     grad_norm: float | None = None
@@ -64,10 +61,10 @@ COLUMNS = tuple(field.name for field in dataclasses.fields(Record) if field.name
 
 
 def of_conflict(stats: dtnh_jax.ConflictStats) -> dict[str, Any]:
-    """The fields of a :class:`Record` that tell of the conflict: ``Record(..., **these)``.
+    """The fields of a :class:`Record` that describe the conflict.
 
     Args:
-        stats: What :func:`dtnh_jax.conflict_stats` returned, of one step.
+        stats: The result of :func:`dtnh_jax.conflict_stats` for one step.
 
     Returns:
         ``cosine``, ``conflict``, ``removed`` and ``groups``.
@@ -86,25 +83,38 @@ def of_conflict(stats: dtnh_jax.ConflictStats) -> dict[str, Any]:
     }
 
 
-class Logs:
-    """``metrics.jsonl``, ``metrics.csv`` and TensorBoard's files of a run.
+def of_metrics(step: int, split: Split, metrics: Metrics) -> Record:
+    """The record of an evaluation."""
+    return Record(
+        step,
+        split,
+        loss=metrics.loss,
+        accuracy=metrics.accuracy,
+        top5=metrics.top5,
+        balanced_accuracy=metrics.balanced_accuracy,
+    )
 
-    JSON lines hold everything, the table all but the groups. A number that is not finite is
-    ``null`` in the one, as JSON has no other, and ``nan`` or ``inf`` in the other. A process that
-    is killed loses no record that it has written. To be used as a context manager.
+
+class Logs:
+    """Writes ``metrics.jsonl``, ``metrics.csv`` and TensorBoard files. A context manager.
+
+    A record is in the JSON lines and in TensorBoard when :meth:`write` returns. The table is
+    derived from the JSON lines, without the groups, when the context is left; if the process is
+    killed before, that happens when the run is resumed. A number that is not finite is ``null`` in
+    JSON and ``nan`` in the table.
 
     Args:
         out: Directory of the run.
-        resume_step: The step of the checkpoint that the run goes on from: later records are
-            dropped, they will be made again. ``None`` for a new run: all are dropped.
-        tensorboard: Whether to write for TensorBoard too, to ``out/tensorboard``.
-        enabled: Whether to write at all; of many processes one does.
+        resume_step: The step of the checkpoint that the run continues from; later records are
+            removed, because the run repeats them. ``None`` for a new run, which removes all.
+        tensorboard: Whether to write to ``out/tensorboard`` too.
+        enabled: Whether to write at all; one of several processes does.
     """
 
     def __init__(
-        self, out: Path, *, resume_step: int | None, tensorboard: bool = True, enabled: bool = True
+        self, out: Path, resume_step: int | None, *, tensorboard: bool = True, enabled: bool = True
     ) -> None:
-        self._enabled = enabled
+        self._out, self._enabled = out, enabled
         if not enabled:
             return
         out.mkdir(parents=True, exist_ok=True)
@@ -112,20 +122,18 @@ class Logs:
         if resume_step is not None:
             kept = [record for record in read(out) if record.step <= resume_step]
         self._written = {(record.split, record.step) for record in kept}
-        lines, table = out / "metrics.jsonl", out / "metrics.csv"
-        write(lines, "".join(map(json_line, kept)).encode())
-        write(table, as_csv(kept, header=True).encode())
-        self._lines = lines.open("a", encoding="utf-8")
-        self._table = table.open("a", encoding="utf-8", newline="")
+        write(out / "metrics.jsonl", "".join(map(json_line, kept)).encode())
+        write(out / "metrics.csv", as_csv(kept).encode())
+        self._lines = (out / "metrics.jsonl").open("a", encoding="utf-8")
         self._tensorboard = None
         if tensorboard:
             directory = out / "tensorboard"
             if resume_step is None:
-                for of_older_run in directory.glob("events.out.tfevents.*"):
-                    of_older_run.unlink()
-            # TensorBoard hides what older files hold from the purged step on.
+                for old in directory.glob("events.out.tfevents.*"):
+                    old.unlink()
+            # TensorBoard hides the events of older files from the purged step on.
             purged = None if resume_step is None else resume_step + 1
-            # Names of its files tell runs apart by the second at most.
+            # The default name has a resolution of one second.
             suffix = f".{resume_step or 0}"
             self._tensorboard = SummaryWriter(
                 str(directory), purge_step=purged, filename_suffix=suffix
@@ -137,18 +145,17 @@ class Logs:
     def __exit__(self, *_: object) -> None:
         if self._enabled:
             self._lines.close()
-            self._table.close()
+            write(self._out / "metrics.csv", as_csv(read(self._out)).encode())
             if self._tensorboard:
                 self._tensorboard.close()
 
     def write(self, record: Record) -> None:
-        """Writes a record; one of a step and split that is there already is left as it is."""
+        """Writes a record, unless there is one of the same step and split."""
         if not self._enabled or (record.split, record.step) in self._written:
             return
         self._written.add((record.split, record.step))
-        for file, text in ((self._lines, json_line(record)), (self._table, as_csv([record]))):
-            file.write(text)
-            file.flush()
+        self._lines.write(json_line(record))
+        self._lines.flush()
         if self._tensorboard:
             for tag, value in scalars(record).items():
                 self._tensorboard.add_scalar(tag, value, record.step)
@@ -156,9 +163,9 @@ class Logs:
 
 
 def read(out: Path) -> list[Record]:
-    """The records of a run, in the order in which they were written; none if there is no file.
+    """Reads the records of a run; none if there is no file.
 
-    The last line may be cut short, as a killed run leaves it, and is passed over then.
+    An incomplete last line, which a killed process leaves, is ignored.
 
     Raises:
         ValueError: If another line is not a record.
@@ -172,30 +179,29 @@ def read(out: Path) -> list[Record]:
         except (ValueError, TypeError) as error:
             if number < len(lines):
                 raise ValueError(
-                    f"{path}: line {number} is not a record of this program: {error}. Mend or "
-                    "remove the line, or start the run anew in another directory."
+                    f"{path}: line {number} is not a record of this program: {error}. Repair or "
+                    "remove the line, or start a new run in another directory."
                 ) from error
     return records
 
 
 def json_line(record: Record) -> str:
-    """A record as a line of JSON."""
+    """Formats a record as a line of JSON."""
     values = {name: value for name, value in vars(record).items() if value is not None}
-    return json.dumps(plain(values, finite=True), allow_nan=False) + "\n"
+    return json.dumps(as_json(values), allow_nan=False) + "\n"
 
 
-def as_csv(records: Iterable[Record], *, header: bool = False) -> str:
-    """Records as rows of a table."""
+def as_csv(records: Iterable[Record]) -> str:
+    """Formats records as a CSV table."""
     text = io.StringIO()
-    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    if header:
-        table.writeheader()
-    table.writerows({name: plain(getattr(record, name)) for name in COLUMNS} for record in records)
+    table = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    table.writeheader()
+    table.writerows(map(vars, records))
     return text.getvalue()
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """What TensorBoard shows of a record, by its tags: the numbers that are finite."""
+    """The finite numbers of a record, by their TensorBoard tags."""
     measured = {f"{record.split}/{name}": getattr(record, name) for name in COLUMNS[2:]}
     measured |= {f"cosine/{group}": each["cosine"] for group, each in (record.groups or {}).items()}
     return {
@@ -203,122 +209,26 @@ def scalars(record: Record) -> dict[str, float]:
     }
 
 
-def plain(value: Any, *, finite: bool = False) -> Any:
-    """A value in Python's own types, floats to six digits: a float32 has hardly more.
+def as_json(value: Any) -> Any:
+    """Converts a value to what JSON can represent.
+
+    Floats get six digits, about the precision of float32; ``None`` replaces one that is not finite.
 
     Args:
         value: A number of Python, NumPy or JAX, a string, ``None``, or a mapping to such.
-        finite: Whether to put ``None`` where a number is not finite.
     """
     if isinstance(value, Mapping):
-        return {key: plain(each, finite=finite) for key, each in value.items()}
+        return {key: as_json(each) for key, each in value.items()}
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, np.integer | np.bool_):
         return value.item()
     number = float(f"{float(value):.6g}")
-    return None if finite and not math.isfinite(number) else number
+    return number if math.isfinite(number) else None
 
 
 def with_nan(value: Any) -> Any:
-    """NaN for each ``None``, which is what JSON has in its place."""
+    """Replaces each ``None`` by NaN, the inverse of :func:`as_json`."""
     if isinstance(value, dict):
         return {key: with_nan(each) for key, each in value.items()}
     return math.nan if value is None else value
-
-
-def in_words(record: Record) -> str:
-    """The numbers of a record that a person looks at while it trains."""
-    shares = {"accuracy": record.accuracy, "conflict": record.conflict}
-    parts = [] if record.loss is None else [f"loss {record.loss:.3f}"]
-    parts += [f"{name} {100 * share:.1f} %" for name, share in shares.items() if share is not None]
-    return ", ".join(parts)
-
-
-class Bar(Progress):
-    """A progress bar with text below."""
-
-    text = ""
-
-    def get_renderables(self) -> Iterator[RenderableType]:
-        """The bar, then the text."""
-        yield from super().get_renderables()
-        yield Text(self.text, overflow="ellipsis", no_wrap=True)
-
-
-class Display:
-    """A progress bar and the newest numbers; where there is no terminal, a line now and then.
-
-    To be used as a context manager.
-
-    Args:
-        total: Steps of the run.
-        start: Steps that are done already.
-        images_per_step: Images in a step, over all devices and processes.
-        enabled: Whether to show anything; of many processes one does.
-        console: Where to; standard output if ``None``.
-    """
-
-    LINES = 20  # over a whole run, where there is no terminal
-
-    def __init__(
-        self,
-        total: int,
-        *,
-        images_per_step: int,
-        start: int = 0,
-        enabled: bool = True,
-        console: Console | None = None,
-    ) -> None:
-        self._images_per_step = images_per_step
-        self._console = console or Console(highlight=False)
-        self._enabled = enabled
-        self._plain = enabled and not self._console.is_terminal
-        self._of_training = self._of_validation = ""
-        self._bar = Bar(
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(compact=True),
-            console=self._console,
-            expand=True,
-            disable=self._plain or not enabled,
-        )
-        self._task_id = self._bar.add_task("", total=total, completed=start, rate="")
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def advance(self) -> None:
-        """Another step is done."""
-        self._bar.advance(self._task_id)
-        task = self._bar.tasks[0]
-        rate = f"{task.speed * self._images_per_step:.0f} images/s" if task.speed else ""
-        self._bar.update(self._task_id, rate=rate)
-        done, total = int(task.completed), int(task.total or 0)
-        if self._plain and done * self.LINES // total > (done - 1) * self.LINES // total:
-            left = task.time_remaining
-            time_left = f"{timedelta(seconds=round(left))} left" if left else ""
-            parts = (f"step {done} of {total}", self._of_training, rate, time_left)
-            self.message(", ".join(part for part in parts if part))
-
-    def show(self, record: Record) -> None:
-        """Takes up the numbers of a record; those of a held-out split have a line of their own."""
-        words = in_words(record)
-        if record.split == "train":
-            self._of_training = words
-        else:
-            self._of_validation = f"{record.split} {words}"
-            if self._plain:
-                self.message(f"step {record.step}: {self._of_validation}")
-        parts = (self._of_training, self._of_validation)
-        self._bar.text = "\n".join(part for part in parts if part)
-
-    def message(self, text: str) -> None:
-        """Says something; on a terminal, above the bar."""
-        if self._enabled:
-            self._console.print(text, markup=False, soft_wrap=True)

@@ -1,5 +1,6 @@
-"""How good a classifier is, counted batch by batch so that counts add up."""
+"""How good a classifier is: predictions made batch by batch on the devices, metrics on the host."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -7,31 +8,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from sklearn.metrics import confusion_matrix
+
+LAST_RANK = np.iinfo(np.int32).max
 
 
-class Counts(NamedTuple):
-    """What is counted over a batch; the counts of many batches, devices or processes add up.
+class Predictions(NamedTuple):
+    """The predictions for ``n`` images.
 
     Attributes:
-        loss_sum: Cross-entropy, summed over the images. float32 scalar.
-        top1: Images whose class has the largest logit. int32 scalar.
-        top5: Images whose class is among the five largest logits. int32 scalar.
-        images: Images of each class. int32 ``(n_classes,)``.
-        confusion: Images by true class (row) and predicted class (column). An image with a NaN
-            among its logits has no predicted class and is in no column. int32
-            ``(n_classes, n_classes)``.
+        labels: True classes, int32 ``(n,)``.
+        predicted: The class with the largest logit, int32 ``(n,)``; -1 if a logit is NaN.
+        rank: The number of classes before the true one, int32 ``(n,)``: 0 if it is predicted,
+            ``LAST_RANK`` if a logit is NaN.
+        loss: Cross-entropy, float32 ``(n,)``.
+        valid: Whether it is an image and not padding, bool ``(n,)``.
     """
 
-    loss_sum: Any
-    top1: Any
-    top5: Any
-    images: Any
-    confusion: Any
+    labels: Any
+    predicted: Any
+    rank: Any
+    loss: Any
+    valid: Any
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """How good a classifier is on some images; all shares are of 1."""
+    """How good a classifier is on some images. Shares are from 0 to 1."""
 
     n: int
     """Number of images."""
@@ -42,79 +45,80 @@ class Metrics:
     top5: float
     """Share of the images whose class is among the five largest logits."""
     balanced_accuracy: float
-    """Mean over the classes of the share that is right of each."""
+    """Mean recall of the classes that occur."""
+    images: np.ndarray
+    """Images of each class, ``(n_classes,)``."""
+    recalls: np.ndarray
+    """Recall of each class, ``(n_classes,)``; NaN for a class without images."""
+    confusion: np.ndarray
+    """Images by true class (row) and predicted class (column), ``(n_classes, n_classes)``.
+    An image with a NaN among its logits is in no column."""
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """The metrics that are one number."""
+        names = ("n", "loss", "accuracy", "top5", "balanced_accuracy")
+        return {name: getattr(self, name) for name in names}
 
 
-def zeros(n_classes: int) -> Counts:
-    """Counts of no images, to add to."""
-    none = np.zeros((), np.int32)
-    return Counts(
-        loss_sum=np.zeros((), np.float32),
-        top1=none,
-        top5=none,
-        images=np.zeros(n_classes, np.int32),
-        confusion=np.zeros((n_classes, n_classes), np.int32),
-    )
+def predict(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> Predictions:
+    """The predictions for one batch; pure, to be compiled.
 
-
-def count(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> Counts:
-    """Counts of one batch; pure, made for jit.
-
-    Of equal logits the one of the lower class is taken as larger, so that a constant classifier
-    gets no more than chance. An image with a NaN among its logits counts as wrong.
+    Of equal logits the one of the lower class ranks first, so that a constant classifier has the
+    accuracy of chance. An image with a NaN among its logits counts as wrong.
 
     Args:
         logits: Floats ``(n, n_classes)``.
         labels: True classes, int32 ``(n,)``.
-        valid: Which images count, bool ``(n,)``; the others are padding.
+        valid: ``False`` for padding, bool ``(n,)``.
 
     Returns:
-        The counts over the valid images.
+        The predictions.
     """
     logits = logits.astype(jnp.float32)
-    n_classes = logits.shape[-1]
-    labels = jnp.where(valid, labels, 0)  # whatever pads may stand where no class is
-    classes = jnp.arange(n_classes, dtype=labels.dtype)[None]
+    labels = jnp.where(valid, labels, 0)  # padding may have labels that are no class
+    classes = jnp.arange(logits.shape[-1], dtype=labels.dtype)[None]
     own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
     before = (logits > own) | ((logits == own) & (classes < labels[:, None]))
-    rank = jnp.sum(before, axis=-1, dtype=jnp.int32)
-    predicted = valid & ~jnp.isnan(logits).any(axis=-1)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    none = jnp.zeros((n_classes, n_classes), jnp.int32)
-    return Counts(
-        loss_sum=jnp.sum(jnp.where(valid, losses, 0)),
-        top1=jnp.sum(predicted & (rank < 1), dtype=jnp.int32),
-        top5=jnp.sum(predicted & (rank < 5), dtype=jnp.int32),
-        images=none[0].at[labels].add(valid.astype(jnp.int32)),
-        confusion=none.at[labels, jnp.argmax(logits, axis=-1)].add(predicted.astype(jnp.int32)),
+    has_nan = jnp.isnan(logits).any(axis=-1)
+    return Predictions(
+        labels=labels,
+        predicted=jnp.where(has_nan, -1, jnp.argmax(logits, axis=-1).astype(jnp.int32)),
+        rank=jnp.where(has_nan, LAST_RANK, jnp.sum(before, axis=-1, dtype=jnp.int32)),
+        loss=optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+        valid=valid,
     )
 
 
-def add(these: Counts, those: Counts) -> Counts:
-    """The counts over both sets of images."""
-    return Counts(*(this + that for this, that in zip(these, those, strict=True)))
+def score(metrics: Metrics, choose_by: str) -> float:
+    """The value that the best step maximizes."""
+    return -metrics.loss if choose_by == "loss" else getattr(metrics, choose_by)
 
 
-def recalls(counts: Counts) -> np.ndarray:
-    """The share that is right of each class, ``(n_classes,)``; NaN for a class without images."""
-    images = np.asarray(counts.images)
-    right = np.diagonal(np.asarray(counts.confusion))
-    return np.divide(right, images, out=np.full(images.shape, np.nan), where=images > 0)
-
-
-def summarise(counts: Counts) -> Metrics:
-    """The metrics of all images that were counted.
+def summarise(batches: Iterable[Predictions], n_classes: int) -> Metrics:
+    """The metrics of all images of some batches.
 
     Raises:
-        ValueError: If no image was counted.
+        ValueError: If there is no image.
     """
-    n = int(np.sum(counts.images))
-    if not n:
+    parts = [jax.device_get(batch) for batch in batches]
+    valid = np.concatenate([part.valid for part in parts] or [np.zeros(0, bool)])
+    if not valid.any():
         raise ValueError("Metrics need at least one image; got none. Is the split empty?")
+    labels, predicted, rank, loss, _ = (
+        np.concatenate(column)[valid] for column in zip(*parts, strict=True)
+    )
+    images = np.bincount(labels, minlength=n_classes)
+    confusion = confusion_matrix(labels, predicted, labels=np.arange(n_classes))
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN
+        recalls = np.diagonal(confusion) / images
     return Metrics(
-        n=n,
-        loss=float(counts.loss_sum) / n,
-        accuracy=int(counts.top1) / n,
-        top5=int(counts.top5) / n,
-        balanced_accuracy=float(np.nanmean(recalls(counts))),
+        n=len(labels),
+        loss=float(loss.mean(dtype=np.float64)),
+        accuracy=float(np.mean(rank < 1)),
+        top5=float(np.mean(rank < 5)),
+        balanced_accuracy=float(np.nanmean(recalls)),
+        images=images,
+        recalls=recalls,
+        confusion=confusion,
     )

@@ -1,4 +1,4 @@
-"""`python -m examples.finetune.predict --weights FILE IMAGE_OR_FOLDER...`: what is on images."""
+"""`python -m examples.finetune.predict --weights FILE IMAGE_OR_FOLDER...`: classifies images."""
 
 import json
 import sys
@@ -21,18 +21,18 @@ PROGRAM = "python -m examples.finetune.predict"
 
 @dataclass(frozen=True)
 class Config:
-    """Say what is on images, with fine-tuned weights."""
+    """Classify images with fine-tuned weights."""
 
     images: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files, and folders to look for images in."""
+    """Image files, and folders with images."""
     weights: str
-    """The model.safetensors of a run. It says how images are resized and standardised."""
+    """The model.safetensors of a run. It contains how images are resized and standardised."""
     top: int = 5
-    """How many classes are named, the likeliest first."""
+    """How many classes are printed, the most probable first."""
     json: bool = False
-    """Print a JSON object a line."""
+    """Print a JSON object per line."""
     batch_size: int = 64
-    """Images that are looked at together."""
+    """Images in a batch."""
 
     def __post_init__(self) -> None:
         for name in ("top", "batch_size"):
@@ -43,12 +43,12 @@ class Config:
 
 
 class Prediction(NamedTuple):
-    """What is said of a file.
+    """The prediction for a file.
 
     Attributes:
         file: The file.
-        classes: Names and probabilities of the likeliest classes, the likeliest first.
-        error: Why there is none; ``None`` if there is.
+        classes: Names and probabilities of the most probable classes, in descending order.
+        error: Why the file was skipped, or ``None``.
     """
 
     file: Path
@@ -59,11 +59,11 @@ class Prediction(NamedTuple):
 def predict(
     classifier: Classifier, files: Sequence[Path], *, top: int, batch_size: int
 ) -> Iterator[Prediction]:
-    """Says of each file what is on it; a file that cannot be read is told with its error."""
+    """Classifies files; one that cannot be read yields a prediction with its error."""
     model, network, class_names, *_, mean, std = classifier
     network = jax.device_put(network)
     config = DataConfig(dataset="files", image_size=classifier.image_size, resize=classifier.resize)
-    # All batches are of one size, so that there is one compilation.
+    # All batches have the same size, so that the network is compiled once.
     batch_size = min(batch_size, len(files))
     images = np.zeros((batch_size, config.image_size, config.image_size, 3), np.uint8)
     with ThreadPoolExecutor() as threads:
@@ -85,7 +85,7 @@ def predict(
 
 
 def read(file: Path, config: DataConfig) -> np.ndarray | str:
-    """The view of evaluation of an image file, or why there is none."""
+    """Reads an image as evaluation does; returns the error message if that fails."""
     try:
         return centre_crop(decode(file.read_bytes(), str(file)), config)
     except OSError as error:
@@ -95,10 +95,10 @@ def read(file: Path, config: DataConfig) -> np.ndarray | str:
 
 
 def find(places: Sequence[Path]) -> list[Path]:
-    """Files as they are, and all images in folders and their subfolders, by name.
+    """Finds the images in folders and subfolders, sorted by name; files are returned as they are.
 
     Raises:
-        ValueError: If a folder has none.
+        ValueError: If a folder has no image.
     """
     known = Image.registered_extensions()
     readable = {extension for extension, name in known.items() if name in Image.OPEN}
@@ -119,13 +119,13 @@ def find(places: Sequence[Path]) -> list[Path]:
 
 
 def as_text(prediction: Prediction) -> str:
-    """A prediction for a person."""
+    """Formats a prediction as text."""
     classes = (f"{name} {100 * probability:.1f} %" for name, probability in prediction.classes)
     return f"{prediction.file}: {', '.join(classes)}"
 
 
 def as_json(prediction: Prediction) -> str:
-    """A prediction for a program."""
+    """Formats a prediction as JSON."""
     classes = [
         {"class": name, "probability": probability} for name, probability in prediction.classes
     ]
@@ -133,7 +133,7 @@ def as_json(prediction: Prediction) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Predicts what the command line asks for; returns the exit code, 1 if a file was skipped."""
+    """Runs the command line; returns the exit code, which is 1 if a file was skipped."""
     try:
         config = tyro.cli(Config, prog=PROGRAM, args=arguments)
         files = find(config.images)

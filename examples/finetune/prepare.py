@@ -1,4 +1,4 @@
-"""`python -m examples.finetune.prepare caltech256`: downloads a data set, once."""
+"""`python -m examples.finetune.prepare caltech256`: downloads and prepares a data set."""
 
 import importlib.util
 import sys
@@ -18,36 +18,36 @@ class Config:
     dataset: Annotated[str, tyro.conf.Positional]
     """Its name, such as cifar10, caltech256, indoor67 or imagenet2012."""
     data_dir: Path | None = None
-    """Where prepared sets are kept; None: the default of tensorflow-datasets."""
+    """The directory of prepared data sets; None for the default of tensorflow-datasets."""
     manual_dir: Path | None = None
-    """Where you have put archives that cannot be downloaded for you, such as ImageNet's."""
+    """The directory of archives that must be downloaded by hand, such as ImageNet's."""
     register_checksums: bool = False
-    """Write down the checksums of the downloads, where a builder has none to check them with."""
+    """Record the checksums of the downloads, for builders that have none."""
 
 
 def prepare(config: Config) -> Path:
-    """Downloads and prepares a data set, unless that has been done.
+    """Downloads and prepares a data set, unless it is prepared already.
 
     Args:
-        config: Which, and where.
+        config: The data set and the directories.
 
     Returns:
-        The directory of the prepared set.
+        The directory of the prepared data set.
 
     Raises:
         ImportError: Without tensorflow-datasets, or TensorFlow where a builder needs it.
-        ValueError: If there is no such data set, or it is stored there in another way.
+        ValueError: If there is no such data set, or it is prepared in another file format.
     """
     data_dir = None if config.data_dir is None else str(config.data_dir.expanduser())
     builder = tfds_builder(config.dataset, data_dir)
-    # Or it would be missed after the download.
+    # Check before the download, not after it.
     if importlib.util.find_spec("tensorflow") is None:
         raise ImportError(
-            f'To prepare {config.dataset} takes TensorFlow: `pip install -e ".[tfds]"`. To train '
-            "on it afterwards does not."
+            f'Preparing {config.dataset} needs TensorFlow: `pip install -e ".[tfds]"`. Training '
+            "on it does not."
         )
     _prepare(builder, config)
-    check_random_access(builder)  # it may have been prepared before, in another way
+    check_random_access(builder)  # it may have been prepared earlier, in another format
     return Path(builder.data_dir)
 
 
@@ -63,11 +63,11 @@ def _prepare(builder: Any, config: Config) -> None:
 
 
 def main() -> None:
-    """Prepares what the command line asks for."""
+    """Runs the command line."""
     config = tyro.cli(Config, description=Config.__doc__)
     try:
         where = prepare(config)
-    # An assertion is what tensorflow-datasets says of the manual directory.
+    # tensorflow-datasets raises AssertionError if the manual directory lacks an archive.
     except (ImportError, ValueError, AssertionError) as error:
         sys.exit(str(error))
     data_dir = "" if config.data_dir is None else f" --data-dir {config.data_dir}"

@@ -1,6 +1,5 @@
-"""What came out of a run: a table, a few sentences, and the files."""
+"""The report of a run: tables, sentences and figures, printed and written to files."""
 
-import dataclasses
 import io
 import json
 import platform
@@ -18,35 +17,34 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.common.files import write
+from examples.common.tables import as_markdown_table
+from examples.finetune import logs
 from examples.finetune.checkpoint import as_dict
 from examples.finetune.config import Config
 from examples.finetune.figure import draw, draw_confusion, in_network_order
-from examples.finetune.logs import Record, plain
-from examples.finetune.metrics import Counts, Metrics, recalls, summarise
+from examples.finetune.logs import Record
+from examples.finetune.meter import Throughput
+from examples.finetune.metrics import Metrics
 
 PACKAGES = ("dtnh_jax", "jax", "optax", "flax", "orbax-checkpoint", "grain", "numpy")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run has to tell."""
+    """The results of a run."""
 
     config: Config
-    """What was set."""
+    """The settings."""
     architecture: str
     """The network."""
-    seconds: float
-    """Time of the training; after a resume, since then."""
-    images_per_second: float
-    """Training images a second, over all devices."""
-    waiting: float
-    """Share of the time that the devices waited for data."""
+    throughput: Throughput
+    """The speed."""
     best_step: int
     """The step whose weights were chosen on validation images."""
     validation: Metrics
-    """How good they are on these."""
-    test: Counts
-    """And on test images."""
+    """Metrics of the chosen weights on validation images."""
+    test: Metrics
+    """Metrics of the chosen weights on test images."""
     class_names: Sequence[str]
     """Names of the classes."""
     records: Sequence[Record]
@@ -56,7 +54,7 @@ class Outcome:
 
 
 def report(outcome: Outcome, out: Path, console: Console | None = None) -> None:
-    """Prints the table and what it shows; writes them, the numbers and the figures to ``out``."""
+    """Prints tables and sentences; writes them, the numbers and the figures to ``out``."""
     console = console or Console(highlight=False, markup=False)
     settings, scores, sentences = setting_rows(outcome), score_rows(outcome), summary(outcome)
     console.print(as_rich(settings))
@@ -69,11 +67,10 @@ def report(outcome: Outcome, out: Path, console: Console | None = None) -> None:
     chosen = [value for name, value in settings if name in ("regularizer", "rule")]
     title = ", ".join([settings[0][1], outcome.architecture, *chosen])
     curves = draw(outcome.records, outcome.layer_order, title=title, best_step=outcome.best_step)
-    accuracy = 100 * summarise(outcome.test).accuracy
     confusion = draw_confusion(
-        np.asarray(outcome.test.confusion),
+        outcome.test.confusion,
         outcome.class_names,
-        title=f"test images, {accuracy:.1f} % right",
+        title=f"test images, {percent(outcome.test.accuracy)} correct",
     )
     files = {
         "summary.md": as_markdown(settings, scores, sentences).encode(),
@@ -88,7 +85,7 @@ def report(outcome: Outcome, out: Path, console: Console | None = None) -> None:
 
 
 def setting_rows(outcome: Outcome) -> list[list[str]]:
-    """What was run, in pairs of a name and a value."""
+    """The settings, as pairs of a name and a value."""
     config, transfer = outcome.config, outcome.config.transfer
     name = Path(config.data.dataset).name
     source = config.model.init or "random weights"
@@ -103,22 +100,22 @@ def setting_rows(outcome: Outcome) -> list[list[str]]:
     else:
         rows.append(["regularizer", f"{transfer.regularizer}, λ = {transfer.weight:g}"])
         rows.append(["rule", f"{transfer.rule}, scope {transfer.scope}"])
-    time = timedelta(seconds=round(outcome.seconds))
+    time = timedelta(seconds=round(outcome.throughput.seconds))
     return [
         *rows,
         ["chosen", f"step {outcome.best_step} of {config.training.steps}, on validation images"],
-        ["time", f"{time} at {outcome.images_per_second:.0f} images/s"],
-        ["waiting", f"{percent(outcome.waiting)} of the time, for data"],
+        ["time", f"{time} at {outcome.throughput.images_per_second:.0f} images/s"],
+        ["waiting", f"{percent(outcome.throughput.waiting)} of the time, for data"],
     ]
 
 
 def score_rows(outcome: Outcome) -> list[list[str]]:
-    """How good the chosen weights are: a head, then a row for each metric."""
-    columns = (outcome.validation, summarise(outcome.test))
+    """The metrics of the chosen weights: a header, then a row for each metric."""
+    columns = (outcome.validation, outcome.test)
     rows = [["", "validation", "test"], ["images", *(str(each.n) for each in columns)]]
     shares = {"accuracy": "accuracy", "top5": "top-5", "balanced_accuracy": "balanced accuracy"}
     if len(outcome.class_names) <= 5:
-        del shares["top5"]  # all of them
+        del shares["top5"]  # always 100 %
     rows += [
         [label, *(percent(getattr(each, name)) for each in columns)]
         for name, label in shares.items()
@@ -127,55 +124,54 @@ def score_rows(outcome: Outcome) -> list[list[str]]:
 
 
 def summary(outcome: Outcome) -> list[str]:
-    """What the numbers show, in sentences."""
-    test = summarise(outcome.test)
+    """The results in sentences."""
+    test, waiting = outcome.test, outcome.throughput.waiting
     low, high = interval(test.accuracy, test.n)
-    most_frequent = int(np.max(outcome.test.images)) / test.n
     sentences = [
-        f"Test accuracy is {percent(test.accuracy)} of {test.n} images, {100 * low:.1f} to "
-        f"{percent(high)} with 95 % confidence over the draw of the images. To say the most "
-        f"frequent class of all of them would get {percent(most_frequent)}."
+        f"Test accuracy is {percent(test.accuracy)} of {test.n} images (95 % confidence interval "
+        f"over the sampling of the images: {100 * low:.1f} to {percent(high)}). Always predicting "
+        f"the most frequent class would give {percent(test.images.max() / test.n)}."
     ]
-    of_class = recalls(outcome.test).tolist()
+    of_class = test.recalls.tolist()
     worst = [index for index in np.argsort(of_class, kind="stable") if of_class[index] < 1][:3]
     if worst:
         named = (f"{outcome.class_names[index]} {percent(of_class[index])}" for index in worst)
         sentences.append(f"The hardest classes: {', '.join(named)}.")
     sentences += conflict_sentences(outcome)
     if outcome.best_step == outcome.config.training.steps:
-        sentences.append("The last step was the best: more steps may give more.")
-    if outcome.waiting > 0.1:
+        sentences.append("The last step was the best: a longer training may be better.")
+    if waiting > 0.1:
         sentences.append(
-            f"The devices waited for data for {percent(outcome.waiting)} of the time: more "
-            "workers, or images stored at a smaller size, would make the run faster."
+            f"The devices waited for data for {percent(waiting)} of the time: more workers, or "
+            "images stored at a smaller size, would make the run faster."
         )
     return sentences
 
 
 def conflict_sentences(outcome: Outcome) -> list[str]:
-    """How often the two gradients were in conflict, and where; nothing without a regularizer."""
+    """How often the gradients conflicted, and in which groups; empty without a regularizer."""
     rates = conflict_rates(outcome)
     if rates["conflict"] is None:
         return []
     sentence = (
-        f"The gradients of loss and regularizer were in conflict in {percent(rates['conflict'])} "
-        "of steps and groups"
+        f"The gradients of loss and regularizer conflicted in {percent(rates['conflict'])} of "
+        "steps and groups"
     )
     by_group = rates["conflict_of_group"]
     if len(by_group) > 1:
         most, least = (choose(by_group, key=by_group.__getitem__) for choose in (max, min))
         sentence += (
-            f", most often in {most} ({percent(by_group[most])}), most rarely in {least} "
+            f", most often in {most} ({percent(by_group[most])}), least often in {least} "
             f"({percent(by_group[least])})"
         )
     return [
-        f"{sentence}. The rule took away {percent(rates['removed'])} of the regularizer's "
-        "gradient, mean over the steps."
+        f"{sentence}. The rule removed {percent(rates['removed'])} of the regularizer gradient, "
+        "averaged over the steps."
     ]
 
 
 def conflict_rates(outcome: Outcome) -> dict[str, Any]:
-    """Means over training: shares of conflict and of what was removed, ``None`` if unmeasured."""
+    """Averages over the training of the conflict and of the removed share; ``None`` if unknown."""
     train = [record for record in outcome.records if record.split == "train"]
     rates: dict[str, Any] = {}
     for name in ("conflict", "removed"):
@@ -202,12 +198,12 @@ def interval(share: float, n: int) -> tuple[float, float]:
 
 
 def percent(share: float) -> str:
-    """A share, for a person."""
+    """Formats a share."""
     return f"{100 * share:.1f} %"
 
 
 def as_rich(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> Table:
-    """Rows for a terminal; if they are numbers, the first is their head."""
+    """Formats rows for a terminal; if they are numbers, the first row is their header."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=numbers)
     head, body = (rows[0], rows[1:]) if numbers else ([""] * len(rows[0]), rows)
     for index, name in enumerate(head):
@@ -220,31 +216,20 @@ def as_rich(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> Table:
 def as_markdown(
     settings: Sequence[Sequence[str]], scores: Sequence[Sequence[str]], sentences: Sequence[str]
 ) -> str:
-    """The tables and the sentences, to be pasted into a page."""
+    """Formats the tables and the sentences in Markdown."""
     tables = [as_markdown_table(rows) for rows in ([["", ""], *settings], scores)]
     return "\n\n".join([*tables, "\n".join(sentences)]) + "\n"
 
 
-def as_markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is its head."""
-    head, *body = rows
-    cells = (
-        [cell.replace("|", r"\|") for cell in row] for row in (head, ["---"] * len(head), *body)
-    )
-    return "\n".join("| " + " | ".join(row) + " |" for row in cells)
-
-
 def as_json(outcome: Outcome) -> dict[str, Any]:
-    """Config, versions, device and numbers; what is not finite is ``None``."""
+    """Settings, versions, devices and numbers; ``None`` replaces numbers that are not finite."""
     devices = jax.devices()
-    of_class = dict(zip(outcome.class_names, recalls(outcome.test).tolist(), strict=True))
+    of_class = dict(zip(outcome.class_names, outcome.test.recalls.tolist(), strict=True))
     numbers = {
-        "seconds": outcome.seconds,
-        "images_per_second": outcome.images_per_second,
-        "waiting": outcome.waiting,
+        **outcome.throughput._asdict(),
         "best_step": outcome.best_step,
-        "validation": dataclasses.asdict(outcome.validation),
-        "test": dataclasses.asdict(summarise(outcome.test)) | {"accuracy_of_class": of_class},
+        "validation": outcome.validation.scalars,
+        "test": outcome.test.scalars | {"accuracy_of_class": of_class},
         **conflict_rates(outcome),
     }
     return {
@@ -253,12 +238,12 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "versions": {"python": platform.python_version()}
         | {package: version(package) for package in PACKAGES},
         "devices": f"{len(devices)} × {devices[0].device_kind}",
-        **plain(numbers, finite=True),
+        **logs.as_json(numbers),
     }
 
 
 def as_png(figure: Figure) -> bytes:
-    """A figure as the bytes of a file."""
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120, bbox_inches="tight")
-    return picture.getvalue()
+    """Encodes a figure as PNG."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120, bbox_inches="tight")
+    return content.getvalue()

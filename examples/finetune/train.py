@@ -1,140 +1,316 @@
-"""A fine-tuning, from the top: the run, the loop, and how good a network is."""
+"""Fine-tunes a network. Read this file from the top, and copy what you need.
 
-import contextlib
+The order is: setup, state, objective, step, compilation, loop, evaluation, export.
+"""
+
+import dataclasses
+import functools
 import json
-import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+import optax
+from jax.sharding import Mesh
 
-from examples.common import data, pretrained, resnet
-from examples.common.data import Dataset, DeviceBatches, Source
-from examples.common.resnet import Network
-from examples.finetune import devices, metrics, optimizer
-from examples.finetune.checkpoint import CheckpointError, Checkpoints, Progress
+import dtnh_jax
+from examples.common import data, objective, pretrained, resnet
+from examples.common.data import Batch, Dataset, DeviceBatches
+from examples.common.objective import REGULARIZERS, RegularizerInputs
+from examples.common.resnet import Network, Output, ResNetConfig
+from examples.common.standardisation import channel_statistics, standardise
+from examples.finetune import devices, logs, metrics
+from examples.finetune.checkpoint import Checkpoints, Progress
 from examples.finetune.config import Config
-from examples.finetune.logs import Display, Logs, Record, of_conflict, read
-from examples.finetune.metrics import Counts, Metrics
+from examples.finetune.display import Display
+from examples.finetune.divergence import check_finite
+from examples.finetune.freeze import complete, trained
+from examples.finetune.logs import Logs, Record
+from examples.finetune.meter import Measured, Meter, Throughput
+from examples.finetune.metrics import Metrics, Predictions
+from examples.finetune.optimizer import Optimizer, Params, make_optimizer
+from examples.finetune.preemption import StoppedError, stop_signal
 from examples.finetune.report import Outcome
-from examples.finetune.step import Measured, Program, TrainState, make_program
-from examples.finetune.task import Task, make_task
-
-WEIGHTS = "model.safetensors"
-
-
-class DivergedError(Exception):
-    """The loss is no longer finite."""
-
-
-class StoppedError(Exception):
-    """The run was told to stop, and has saved."""
+from examples.finetune.source import Source, estimate, load_source, with_features
 
 
 def run(config: Config) -> Outcome:
-    """Fine-tunes on the training images, chooses a step on validation images, and tests it once.
+    """Fine-tunes on training images, chooses a step on validation images, and tests it once.
 
     Args:
-        config: What the user chose.
+        config: The settings.
 
     Returns:
-        What came out. The chosen network is in ``model.safetensors`` in the output directory.
+        The results. The chosen network is in ``model.safetensors`` in the output directory.
 
     Raises:
-        ValueError: If the choices, the data and the weights do not fit.
-        CheckpointError: If a checkpoint cannot be written, or is not of this run.
-        DivergedError: If the loss is no longer finite.
-        StoppedError: After SIGTERM, with everything saved.
+        ValueError: If the settings, the data and the weights do not fit together.
+        CheckpointError: If a checkpoint cannot be written, or is of another run.
+        DivergedError: If the loss is not finite.
+        StoppedError: After SIGTERM; the state has been saved.
     """
     devices.start_processes(config.devices)
     dataset = data.load(config.data)
-    task = make_task(config, dataset)
+    task = setup(config, dataset)
     program = make_program(task)
     with Checkpoints(config.output.out / "checkpoints", config) as checkpoints:
-        trained = train(task, program, dataset, checkpoints)
-        network = checkpoints.restore(trained.best_step, program.like).evaluated
-    validation, test = (
-        evaluate(task, program, network, source) for source in (dataset.validation, dataset.test)
-    )
+        best_step, throughput = train(task, program, dataset, checkpoints)
+        network = checkpoints.restore(best_step, program.like).evaluated
+    validation = evaluate(task, program, network, dataset.validation)
+    test = evaluate(task, program, network, dataset.test)
     export(task, dataset, network)
     return Outcome(
         config=config,
         architecture=task.model.architecture,
-        seconds=trained.seconds,
-        images_per_second=trained.images_per_second,
-        waiting=trained.waiting,
-        best_step=trained.best_step,
-        validation=metrics.summarise(validation),
+        throughput=throughput,
+        best_step=best_step,
+        validation=validation,
         test=test,
         class_names=dataset.class_names,
-        records=read(config.output.out),
+        records=logs.read(config.output.out),
         layer_order=resnet.layer_names(task.model),
     )
 
 
-class Trained(NamedTuple):
-    """What comes out of the loop.
+class Task(NamedTuple):
+    """What is constant during a run.
 
     Attributes:
-        best_step: The step that was best on validation images.
-        seconds: What the steps took, with compilation and evaluations.
-        images_per_second: Over the steps alone, without the first ones, which compile.
-        waiting: The share of that time in which the loop waited for images.
+        config: The settings, with the feature maps of the regularizer.
+        mesh: The devices.
+        model: The network that is fine-tuned.
+        initial: Its arrays before the first step.
+        source_model: The pre-trained network.
+        source: Its arrays and what was estimated from them, on every device.
+        mean: Mean of the channels, from 0 to 1, ``(1, 1, 1, 3)``.
+        std: Standard deviation of the channels.
     """
 
-    best_step: int
-    seconds: float
-    images_per_second: float
-    waiting: float
+    config: Config
+    mesh: Mesh
+    model: ResNetConfig
+    initial: Network
+    source_model: ResNetConfig
+    source: Source
+    mean: np.ndarray
+    std: np.ndarray
 
 
-def train(task: Task, program: Program, dataset: Dataset, checkpoints: Checkpoints) -> Trained:
-    """Makes the steps that are left, and keeps the best and the last of them.
+def setup(config: Config, dataset: Dataset) -> Task:
+    """Arranges the devices, loads the weights, and estimates what the regularizer needs."""
+    training, n_classes = config.training, len(dataset.class_names)
+    mesh = devices.make_mesh(config.devices, training.batch_size // training.accumulate)
+    loaded = load_source(config, n_classes)
+    model, initial = loaded.config, loaded.network
+    if config.model.init is not None:
+        model, initial = pretrained.with_new_head(loaded, n_classes, training.seed)
+    model = dataclasses.replace(model, frozen_batch_norm=config.model.frozen_batch_norm)
+    mean, std = channel_statistics(loaded.metadata, mean=config.model.mean, std=config.model.std)
+    config = dataclasses.replace(config, transfer=with_features(config.transfer, model))
+    estimates = estimate(loaded, config, dataset, mean, std)
+    kept = devices.replicate(Source(loaded.network, estimates), mesh)
+    return Task(config, mesh, model, initial, loaded.config, kept, mean, std)
 
-    Args:
-        task: What is done.
-        program: How.
-        dataset: The images.
-        checkpoints: Where the run goes on from, and where it saves.
+
+class TrainState(NamedTuple):
+    """What changes during a run.
+
+    Attributes:
+        seen: The number of micro-batches so far. Random numbers are derived from it.
+        network: Parameters and batch norm's averages.
+        opt_state: The state of the optimizer and of the rule.
+        average: The exponential average of the network, or ``None``.
+        diverged_at: The first step with a loss that is not finite, or 0.
+    """
+
+    seen: jax.Array
+    network: Network
+    opt_state: Any
+    average: Network | None
+    diverged_at: jax.Array
+
+    @property
+    def evaluated(self) -> Network:
+        """The network that is evaluated: the average, if there is one."""
+        return self.network if self.average is None else self.average
+
+
+def initial_state(task: Task, optimizer: Optimizer) -> TrainState:
+    """The state before the first step."""
+    return TrainState(
+        seen=jnp.zeros([], jnp.int32),
+        network=task.initial,
+        opt_state=optimizer.init(trained(task.initial.params, task.config.model.freeze)),
+        average=None if task.config.training.average_decay is None else task.initial,
+        diverged_at=jnp.zeros([], jnp.int32),
+    )
+
+
+# --8<-- [start:objective]
+def gradients(task: Task, network: Network, source: Source, batch: Batch, key: jax.Array) -> Any:
+    """Returns ``((loss, reg), output), pair`` of a micro-batch."""
+    training, transfer = task.config.training, task.config.transfer
+    images = standardise(batch.images, task.mean, task.std)
+    source_output = resnet.apply(task.source_model, source.network, images, train=False)
+
+    def loss_and_reg(params: Params) -> Any:
+        current = network._replace(params=complete(params, network.params))
+        output = resnet.apply(task.model, current, images, train=True)
+        loss = objective.cross_entropy(output.logits, batch.labels, training.label_smoothing)
+        reg = REGULARIZERS[transfer.regularizer](
+            RegularizerInputs(
+                params=params,
+                output=output,
+                source_params=source.network.params,
+                source_output=source_output,
+                images=images,
+                labels=batch.labels,
+                predict=lambda x: resnet.apply(task.model, current, x, train=False).logits,
+                key=key,
+                features=transfer.features,
+                temperature=transfer.temperature,
+                epsilon=jnp.asarray(transfer.epsilon / task.std),
+                **source.estimates,
+            )
+        )
+        return (loss, reg), Output(output.logits, {}, output.batch_stats)
+
+    value_and_pair = dtnh_jax.value_and_gradient_pair(loss_and_reg, has_aux=True)
+    return value_and_pair(trained(network.params, task.config.model.freeze))
+
+
+# --8<-- [end:objective]
+
+
+# --8<-- [start:step]
+def train_step(
+    task: Task, optimizer: Optimizer, state: TrainState, source: Source, batch: Batch
+) -> tuple[TrainState, Measured]:
+    """Processes one micro-batch. Of ``task``, it uses no array of a network."""
+    training, network = task.config.training, state.network
+    key = jax.random.fold_in(jax.random.key(training.seed), state.seen)
+    ((loss, reg), output), pair = gradients(task, network, source, batch, key)
+    params = trained(network.params, task.config.model.freeze)
+    updates, opt_state = optimizer.update(pair, state.opt_state, params)
+    params = complete(optax.apply_updates(params, updates), network.params)
+    network = Network(params, output.batch_stats)
+
+    seen = state.seen + 1
+    step = (seen + training.accumulate - 1) // training.accumulate
+    average = state.average
+    if average is not None and training.average_decay is not None:
+        # Close to a plain mean in the first steps.
+        decay = jnp.minimum(training.average_decay, (1.0 + step) / (10.0 + step))
+        decay = jnp.where(seen % training.accumulate == 0, decay, 1.0)
+        average = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, network)
+    diverges = ~jnp.isfinite(loss + reg) & (state.diverged_at == 0)
+    state = TrainState(
+        seen=seen,
+        network=network,
+        opt_state=opt_state,
+        average=average,
+        diverged_at=jnp.where(diverges, step, state.diverged_at),
+    )
+    has_regularizer = task.config.transfer.regularizer != "none"
+    return state, Measured(
+        loss=loss,
+        reg=reg,
+        accuracy=jnp.mean(jnp.argmax(output.logits, axis=-1) == batch.labels),
+        grad_norm=optax.tree.norm(pair.loss_grads),
+        conflict=dtnh_jax.conflict_stats(opt_state) if has_regularizer else None,
+    )
+
+
+# --8<-- [end:step]
+
+
+def evaluation_step(task: Task, network: Network, batch: Batch) -> Predictions:
+    """Predicts the classes of a batch, with the running averages of batch norm."""
+    images = standardise(batch.images, task.mean, task.std)
+    logits = resnet.apply(task.model, network, images, train=False).logits
+    return metrics.predict(logits, batch.labels, batch.valid)
+
+
+class Program(NamedTuple):
+    """The compiled functions of a run.
+
+    Attributes:
+        init: Returns the state before the first step, on the devices.
+        like: The shapes, dtypes and shardings of the state.
+        train: From state, source and batch to the next state and :class:`Measured`. It donates
+            the buffers of the state.
+        evaluate: From network and batch to predictions.
+    """
+
+    init: Callable[[], TrainState]
+    like: TrainState
+    train: Callable[[TrainState, Source, Batch], tuple[TrainState, Measured]]
+    evaluate: Callable[[Network, Batch], Predictions]
+
+
+# --8<-- [start:compile]
+def make_program(task: Task) -> Program:
+    """Compiles the functions of a run."""
+    config, replicated = task.config, devices.replicated(task.mesh)
+    optimizer = make_optimizer(config.transfer, config.training, mask=regularized(task))
+    init = functools.partial(initial_state, task, optimizer)
+    shardings = devices.state_sharding(jax.eval_shape(init), task.mesh)
+    train = functools.partial(train_step, task, optimizer)
+    return Program(
+        init=lambda: devices.place(init(), shardings),
+        like=devices.abstract(jax.eval_shape(init), shardings),
+        train=jax.jit(train, donate_argnums=0, out_shardings=(shardings, replicated)),
+        evaluate=jax.jit(functools.partial(evaluation_step, task), out_shardings=replicated),
+    )
+
+
+# --8<-- [end:compile]
+
+
+def regularized(task: Task) -> Params:
+    """Which of the trained parameters have a regularizer gradient, as a tree of booleans."""
+    size, params = task.config.data.image_size, task.initial.params
+    images = jnp.zeros((2, size, size, 3), jnp.uint8)
+    batch = Batch(images, jnp.zeros(2, jnp.int32), jnp.ones(2, jnp.bool_))
+    of_batch = functools.partial(gradients, task)
+    _, pair = jax.eval_shape(of_batch, task.initial, task.source, batch, jax.random.key(0))
+    return jax.tree.map(
+        lambda _, grad: grad is not None, trained(params, task.config.model.freeze), pair.reg_grads
+    )
+
+
+# --8<-- [start:loop]
+def train(
+    task: Task, program: Program, dataset: Dataset, checkpoints: Checkpoints
+) -> tuple[int, Throughput]:
+    """Makes the remaining steps, and saves the best and the last.
 
     Returns:
-        What came out.
+        The step that was best on validation images, and the speed.
     """
-    config, training, started = task.config, task.config.training, time.perf_counter()
-    batches = training_batches(task, dataset.train)
-    before = 0.0
-    if config.output.resume and (restored := checkpoints.restore_last(program.like)):
-        (step, place, best, before), state = restored
-        batches.set_state(place)
-    elif checkpoints.steps:
-        raise CheckpointError(
-            f"{config.output.out} has the checkpoints of an earlier run. Go on with it by --resume,"
-            " or give another --out."
-        )
+    training, output = task.config.training, task.config.output
+    batches = training_batches(task, dataset)
+    restored = checkpoints.restore_last(program.like, resume=output.resume)
+    if restored is None:
+        step, best, seconds, state = 0, None, 0.0, program.init()
     else:
-        step, state, best = 0, program.init(), None
-
-    def seconds() -> float:
-        return before + time.perf_counter() - started
-
-    is_first = jax.process_index() == 0
-    meter = Meter(task, batches)
+        (step, place, best, seconds), state = restored
+        batches.set_state(place)
+    meter = Meter(training, batches, seconds)
+    first = jax.process_index() == 0
     with (
         batches,
-        Logs(
-            config.output.out,
-            resume_step=step or None,
-            tensorboard=config.output.tensorboard,
-            enabled=is_first,
-        ) as logs,
-        Display(
-            training.steps, images_per_step=training.batch_size, start=step, enabled=is_first
-        ) as display,
-        stop_signal() as is_told_to_stop,
+        Logs(output.out, step or None, tensorboard=output.tensorboard, enabled=first) as written,
+        Display(training.steps, training.batch_size, start=step, enabled=first) as display,
+        stop_signal() as must_stop,
     ):
+
+        def log(record: Record) -> None:
+            written.write(record)
+            display.show(record)
+
         while step < training.steps:
             for _ in range(training.accumulate):
                 state, measured = program.train(state, task.source, next(batches))
@@ -142,73 +318,64 @@ def train(task: Task, program: Program, dataset: Dataset, checkpoints: Checkpoin
             step += 1
             display.advance()
 
-            is_last, must_stop = step == training.steps, is_told_to_stop(step)
-            if step % config.output.log_every == 0 or is_last or must_stop:
-                record = meter.read(step)
-                check_finite(state, checkpoints)
-                logs.write(record)
-                display.show(record)
-            if step % training.evaluate_every == 0 or is_last:
-                check_finite(state, checkpoints)
-                with meter.paused():
-                    held_out = metrics.summarise(
-                        evaluate(task, program, state.evaluated, dataset.validation)
-                    )
-                record = of_metrics(step, held_out)
-                logs.write(record)
-                display.show(record)
-                best = better(best, (step, value(held_out, training.choose_by)))
-            is_due = step % config.checkpoint_every == 0 or is_last or must_stop
-            if is_due or (best is not None and best[0] == step):
-                check_finite(state, checkpoints)
-                with meter.paused():
-                    checkpoints.save(Progress(step, batches.get_state(), best, seconds()), state)
-            if must_stop and not is_last:
+            stop, last = must_stop(step), step == training.steps
+            log_now = step % output.log_every == 0 or last or stop
+            evaluate_now = step % training.evaluate_every == 0 or last
+            save_now = step % task.config.checkpoint_every == 0 or last or stop
+            if log_now or evaluate_now or save_now:
+                check_finite(state.diverged_at, checkpoints.steps)
+            if log_now:
+                log(meter.read(step))
+            with meter.paused():
+                if evaluate_now:
+                    held_out = evaluate(task, program, state.evaluated, dataset.validation)
+                    log(logs.of_metrics(step, "validation", held_out))
+                    score = metrics.score(held_out, training.choose_by)
+                    if best is None or score > best[1]:
+                        best, save_now = (step, score), True
+                if save_now:
+                    place = batches.get_state()
+                    checkpoints.save(Progress(step, place, best, meter.seconds), state)
+            if stop and not last:
                 raise StoppedError(
-                    f"Stopped by a signal at step {step} of {training.steps}, and saved. "
-                    "Go on with --resume."
+                    f"Stopped by a signal at step {step} of {training.steps}. The state is saved; "
+                    "continue with --resume."
                 )
     assert best is not None
-    return Trained(best[0], seconds(), *meter.whole())
+    return best[0], meter.throughput()
 
 
-def training_batches(task: Task, source: Source) -> DeviceBatches:
+# --8<-- [end:loop]
+
+
+def training_batches(task: Task, dataset: Dataset) -> DeviceBatches:
     """Endless training batches on the devices."""
-    training = task.config.training
+    config, training = task.config, task.config.training
     batches = data.train_batches(
-        source,
-        task.config.data,
+        dataset.train,
+        config.data,
         batch_size=training.batch_size // training.accumulate,
         seed=training.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        **devices.process(),
     )
-    sharding = devices.batch_sharding(task.mesh)
-    return data.to_device(batches, sharding, task.config.devices.prefetch)
+    return data.to_device(batches, devices.batch_sharding(task.mesh), config.devices.prefetch)
 
 
-def evaluate(task: Task, program: Program, network: Network, source: Source) -> Counts:
-    """Counts what a network gets right of all images of a source."""
-    n_devices = task.mesh.size
-    batch_size = -(-task.config.training.evaluation_batch_size // n_devices) * n_devices
+def evaluate(task: Task, program: Program, network: Network, images: data.Source) -> Metrics:
+    """The metrics of a network on all images of a split."""
+    config, n_devices = task.config, task.mesh.size
+    batch_size = -(-config.training.evaluation_batch_size // n_devices) * n_devices
     batches = data.evaluation_batches(
-        source,
-        task.config.data,
-        batch_size=batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        images, config.data, batch_size=batch_size, **devices.process()
     )
-    counts = metrics.zeros(task.model.n_classes)
     with data.to_device(batches, devices.batch_sharding(task.mesh)) as on_devices:
-        for batch in on_devices:
-            counts = metrics.add(counts, jax.device_get(program.evaluate(network, batch)))
-    return counts
+        predictions = (program.evaluate(network, batch) for batch in on_devices)
+        return metrics.summarise(predictions, task.model.n_classes)
 
 
 def export(task: Task, dataset: Dataset, network: Network) -> None:
-    """Writes the network to a file that tells all that is needed to use it."""
-    gather = jax.jit(lambda network: network, out_shardings=devices.replicated(task.mesh))
-    network = jax.device_get(gather(network))
+    """Writes a safetensors file with the network and what is needed to use it."""
+    network = devices.gather(network, task.mesh)
     if jax.process_index() == 0:
         metadata = {
             "class_names": list(dataset.class_names),
@@ -218,133 +385,8 @@ def export(task: Task, dataset: Dataset, network: Network) -> None:
             "std": task.std.ravel().tolist(),
         }
         pretrained.export(
-            task.config.output.out / WEIGHTS,
+            task.config.output.out / "model.safetensors",
             task.model,
             network,
-            metadata={name: json.dumps(content) for name, content in metadata.items()},
+            metadata={name: json.dumps(value) for name, value in metadata.items()},
         )
-
-
-def check_finite(state: TrainState, checkpoints: Checkpoints) -> None:
-    """Stops a run whose loss is no longer finite, before its weights are saved."""
-    if failed := int(state.diverged_at):
-        kept = checkpoints.steps
-        advice = f"The checkpoint of step {kept[-1]} is kept. " if kept else ""
-        raise DivergedError(
-            f"The loss of step {failed} is not finite. {advice}Try a smaller learning rate, a "
-            "warm-up, or --clip-norm 1."
-        )
-
-
-def value(held_out: Metrics, choose_by: str) -> float:
-    """What a step is chosen by; the larger the better."""
-    return -held_out.loss if choose_by == "loss" else getattr(held_out, choose_by)
-
-
-def better(best: tuple[int, float] | None, now: tuple[int, float]) -> tuple[int, float]:
-    """The better of two steps; of equal ones the earlier."""
-    return now if best is None or now[1] > best[1] else best
-
-
-def of_metrics(step: int, held_out: Metrics) -> Record:
-    """The metrics of validation images, for the logs."""
-    return Record(
-        step,
-        "validation",
-        loss=held_out.loss,
-        accuracy=held_out.accuracy,
-        top5=held_out.top5,
-        balanced_accuracy=held_out.balanced_accuracy,
-    )
-
-
-class Meter:
-    """The means since the last record, and how fast the steps go."""
-
-    def __init__(self, task: Task, batches: DeviceBatches):
-        """Starts the clock.
-
-        Args:
-            task: What is done.
-            batches: Knows how long it was waited for.
-        """
-        training = task.config.training
-        self._accumulate, self._batch_size = training.accumulate, training.batch_size
-        self._learning_rate = optimizer.learning_rate(training)
-        self._batches = batches
-        self._since_record: list[Measured] = []
-        self._start, self._waited = time.perf_counter(), batches.waited_seconds
-        # Of the whole run: images, seconds, seconds of waiting.
-        self._whole: list[tuple[int, float, float]] = []
-
-    def add(self, measured: Measured) -> None:
-        """Takes up a micro-batch. The devices may be one behind, so that they are never idle."""
-        if self._since_record:
-            jax.block_until_ready(self._since_record[-1])
-        self._since_record.append(measured)
-
-    def read(self, step: int) -> Record:
-        """Waits for the devices, and gives the means since the last record."""
-        since = jax.device_get(self._since_record)
-        loss, reg, accuracy, grad_norm = (
-            float(np.mean([getattr(each, name) for each in since]))
-            for name in ("loss", "reg", "accuracy", "grad_norm")
-        )
-        # The rule acts on the last micro-batch of a step.
-        conflicts = [each.conflict for each in since[self._accumulate - 1 :: self._accumulate]]
-        conflict = jax.tree.map(lambda *steps: np.mean(steps, axis=0), *conflicts)
-        seconds = time.perf_counter() - self._start
-        waited = self._batches.waited_seconds - self._waited
-        n_images = len(since) * self._batch_size // self._accumulate
-        self._whole.append((n_images, seconds, waited))
-        self._since_record = []
-        self._start, self._waited = time.perf_counter(), self._batches.waited_seconds
-        return Record(
-            step,
-            "train",
-            loss=loss,
-            reg=reg,
-            accuracy=accuracy,
-            grad_norm=grad_norm,
-            learning_rate=float(np.asarray(self._learning_rate(step - 1))),
-            images_per_second=n_images / seconds,
-            waiting=waited / seconds,
-            **({} if conflict is None else of_conflict(conflict)),
-        )
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Does not count the time of what is done within."""
-        paused = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - paused
-
-    def whole(self) -> tuple[float, float]:
-        """Images a second and the share of waiting, without the first record, if there are more."""
-        records = self._whole[1:] or self._whole
-        n_images, seconds, waited = np.sum(records, axis=0) if records else (0, 1.0, 0.0)
-        return float(n_images / seconds), float(waited / seconds)
-
-
-@contextlib.contextmanager
-def stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Listens for SIGTERM, which a cluster sends before it takes a machine away.
-
-    Yields:
-        Tells, given the step, whether to stop: in all processes at the same step.
-    """
-    if jax.process_count() > 1:
-        # JAX listens, and agrees on a step.
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    told = False
-
-    def remember(*_: Any) -> None:
-        nonlocal told
-        told = True
-
-    before = signal.signal(signal.SIGTERM, remember)
-    try:
-        yield lambda step: told
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from examples.common import standardisation
 from examples.common.data import pad_margin
 from examples.common.epochs import draw_batches
-from examples.finetune import objective
-from examples.finetune.task import IMAGENET
 
 
 class Plan(NamedTuple):
@@ -58,6 +57,5 @@ def views(images: jax.Array, plan: Plan) -> jax.Array:
 
 
 def standardise(images: jax.Array) -> jax.Array:
-    """From uint8 to what the networks are trained on."""
-    mean, std = (np.array(IMAGENET[name], np.float32) for name in ("mean", "std"))
-    return objective.standardise(images, mean, std)
+    """Converts ``uint8`` images to the inputs of a network, with ImageNet's mean and deviation."""
+    return standardisation.standardise(images, *standardisation.channel_statistics({}))

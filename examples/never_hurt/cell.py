@@ -19,7 +19,7 @@ class Cell:
     target: str
     """The data set of the target task: the name of its folder."""
     regularizer: str
-    """The regularizer Ω; none for plain fine-tuning."""
+    """The regularizer Ω, one of `examples.common.objective`; none for plain fine-tuning."""
     rule: str
     """The rule that combines the two gradients, see `rules`."""
     strength: float

@@ -14,12 +14,10 @@ import optax
 from numpy.typing import ArrayLike
 
 import dtnh_jax
-from examples.common import resnet
+from examples.common import objective, resnet
+from examples.common.objective import REGULARIZERS, RegularizerInputs
 from examples.common.pretrained import Pretrained
 from examples.common.resnet import Network, Output, ResNetConfig
-from examples.finetune import objective
-from examples.finetune.config import REG_WEIGHTS, TransferConfig
-from examples.finetune.objective import REGULARIZERS, Estimates, Situation
 from examples.never_hurt import batches, sources
 from examples.never_hurt.batches import Plan
 from examples.never_hurt.cell import NONE, Cell, Result
@@ -144,7 +142,7 @@ def program_of(prepared: Prepared) -> Program:
 
 def _start(program: Program, prepared: Prepared) -> tuple[Task, State, Plan]:
     cell, source, splits = prepared
-    weight = 0.0 if cell.regularizer == NONE else cell.strength * REG_WEIGHTS[cell.regularizer]
+    weight = cell.strength * REGULARIZERS[cell.regularizer].weight
     network = source.network
     if not has_head(cell.regularizer):
         network = _with_head(network, program.source)
@@ -218,44 +216,29 @@ def _step_of_lanes(program: Program, state: State, task: Task, plan: Plan) -> An
 def _gradients(program: Program, network: Network, task: Task, plan: Plan) -> Any:
     images = batches.views(task.images, plan)
     labels = task.labels[plan.which]
-    source = objective.Source(task.source, Estimates())
-    transfer = _transfer(program)
-    needs_teacher = program.regularizer not in (NONE, "l2", "l2_sp", "batch_spectral_shrinkage")
-    teacher = (
-        resnet.apply(program.source, task.source, images, train=False) if needs_teacher else None
+    regularizer = REGULARIZERS[program.regularizer]
+    source_output = (
+        resnet.apply(program.source, task.source, images, train=False)
+        if "source_output" in regularizer.needs
+        else None
     )
 
     @functools.partial(dtnh_jax.value_and_gradient_pair, has_aux=True)
     def both(params: Any) -> Any:
         output = resnet.apply(program.model, network._replace(params=params), images, train=True)
-        loss = objective.cross_entropy(output.logits, labels, 0.0)
-        reg = REGULARIZERS[program.regularizer](
-            Situation(
+        loss = objective.cross_entropy(output.logits, labels)
+        reg = regularizer(
+            RegularizerInputs(
                 params=params,
                 output=output,
-                predict=_no_predictions,
-                teacher=teacher,  # type: ignore[arg-type]
-                source=source,
-                images=images,
-                labels=labels,
-                epsilon=jnp.zeros(3),
-                key=jax.random.key(0),
-                config=transfer,
+                source_params=task.source.params,
+                source_output=source_output,
+                features=objective.default_features(program.regularizer, program.model),
             )
         )
         return (loss, reg), Output(output.logits, {}, output.batch_stats)
 
     return both(network.params)
-
-
-def _transfer(program: Program) -> TransferConfig:
-    blank = TransferConfig(regularizer=program.regularizer)  # type: ignore[arg-type]
-    features = objective.resolve_features(blank, program.model)
-    return TransferConfig(regularizer=program.regularizer, features=features)  # type: ignore[arg-type]
-
-
-def _no_predictions(images: jax.Array) -> jax.Array:
-    raise NotImplementedError("Regularizers of inputs are not part of this experiment.")
 
 
 def _result(
