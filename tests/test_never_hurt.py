@@ -109,7 +109,7 @@ def test_a_key_is_of_the_whole_config():
     changed = {
         "str": lambda value: value + "x",
         "int": lambda value: value + 1,
-        "float": lambda value: value * 2,
+        "float": lambda value: value / 2,
         "bool": lambda value: not value,
     }
     keys = {CELL.key}
@@ -181,8 +181,8 @@ def test_cells_of_a_grid():
         for cell in tuning
     }
     assert grid.chosen_rates(results) == {
-        ("tinyimagenet", "dtd10"): 0.01,
-        ("medmnist", "dtd10"): 0.1,
+        ("tinyimagenet", "dtd10"): [0.01],
+        ("medmnist", "dtd10"): [0.1],
     }
     cells = grid.cells(results)
     assert len(cells) == len(set(cells)) == 2 * 2 * (grids.PLAIN_RUNS + 2)
@@ -190,6 +190,24 @@ def test_cells_of_a_grid():
     rates = {(cell.source, cell.learning_rate) for cell in cells}
     assert rates == {("tinyimagenet", 0.01), ("medmnist", 0.1)}
     assert sum(cell.regularizer == NONE for cell in cells) == 2 * 2 * grids.PLAIN_RUNS
+
+
+def test_a_grid_that_tunes_each_setting_runs_every_learning_rate():
+    grid = replace(GRID, tuned="each", learning_rates=(0.01, 0.1), images_per_class={"colours": 6})
+    assert grid.tuning() == []
+    cells = grid.cells({})
+    assert len(cells) == 2 * (grids.PLAIN_RUNS + 1)
+    assert {cell.learning_rate for cell in cells} == {0.01, 0.1}
+
+
+def test_a_grid_may_hold_images_out():
+    part = replace(GRID.parts[0], held_out=2, returned_at=0.5)
+    cells = replace(GRID, parts=[part], tuned="each", images_per_class={"colours": 6}).cells({})
+    assert {(cell.rule, cell.held_out, cell.returned_at) for cell in cells} == {
+        (NONE, 0, 1.0),
+        ("bounded_dtnh", 2, 0.5),
+    }
+    assert {cell.images_per_class for cell in cells} == {6}
 
 
 def test_smoke_is_small():
@@ -282,6 +300,35 @@ def test_every_image_comes_once_before_any_comes_again():
 
 
 @pytest.mark.usefixtures("standard")
+@pytest.mark.parametrize("returned_at", [1.0, 0.5])
+@pytest.mark.parametrize("every", [1, 4])
+def test_held_out_images_are_not_trained_on_until_they_are_returned(every, returned_at):
+    labels = np.repeat(np.arange(3), 6)
+    cell = replace(
+        CELL, steps=40, held_out=2, held_out_every=every, returned_at=returned_at, batch_size=8
+    )
+    train_plan, held_out, is_due = batches.schedule(cell, labels)
+    apart = round(40 * returned_at)
+    kept = set(held_out.which.ravel())
+    assert len(kept) == 6
+    assert np.bincount(labels[list(kept)]).tolist() == [2, 2, 2]
+    assert kept | set(train_plan.which[:apart].ravel()) == set(range(18))
+    assert not kept & set(train_plan.which[:apart].ravel())
+    if returned_at < 1:
+        assert set(train_plan.which[apart:].ravel()) == set(range(18))
+    assert is_due.tolist() == [i % every == 0 and i < apart for i in range(40)]
+    other = batches.schedule(replace(cell, seed=1), labels)
+    assert set(other.held_out.which.ravel()) != kept
+
+
+def test_without_held_out_images_the_batches_are_as_before():
+    found = batches.schedule(CELL, np.zeros(10, int))
+    wanted = batches.draw(10, CELL.image_size, CELL.batch_size, CELL.steps, (CELL.seed, CELL.order))
+    jax.tree.map(np.testing.assert_array_equal, found.train, wanted)
+    assert found.held_out is None
+    assert not found.is_due.any()
+
+
 def test_views_are_crops_of_the_padded_image():
     pixels = np.random.default_rng(0).integers(256, size=(3, 8, 8, 3), dtype=np.uint8)
     plan = batches.draw(3, 8, 6, 1, (0, 0))
@@ -318,6 +365,18 @@ def test_cells_that_run_at_once_are_those_that_run_one_by_one(data):
     assert all(len(quarters) == 4 for quarters in one_by_one[1].conflict.values())
     with pytest.raises(ValueError, match="must share"):
         train.run([ready[0], prepared(replace(CELL, rule="gate"), data)])
+
+
+@pytest.mark.usefixtures("standard")
+@pytest.mark.parametrize("rule", ["held_out_global", "held_out_layer"])
+def test_cells_with_held_out_images_run(data, rule):
+    cell = replace(CELL, rule=rule, held_out=2, held_out_every=2, returned_at=0.5, strength=100.0)
+    one, plain = train.run([prepared(cell, data)]) + train.run(
+        [prepared(replace(cell, strength=0.0), data)]
+    )
+    assert one.train_loss != plain.train_loss
+    together = train.run([prepared(replace(cell, seed=seed), data) for seed in (0, 1)])
+    assert together[0].train_loss == pytest.approx(one.train_loss, rel=1e-3)
 
 
 @pytest.mark.usefixtures("tiny_grid", "standard")

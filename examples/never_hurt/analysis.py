@@ -199,6 +199,13 @@ def bootstrap_mean(cells: pd.DataFrame, difference: str, seed: int = 0) -> Inter
     return Interval(float(mean), float(low), float(high))
 
 
+def at_best_rate(cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells of the learning rate that is best on validation images, for each setting."""
+    scores = cells.groupby([*SETTING, "learning_rate"], sort=False)["validation"].mean()
+    best = scores.groupby(SETTING, sort=False).idxmax()
+    return cells.merge(pd.DataFrame(list(best), columns=[*SETTING, "learning_rate"]))
+
+
 def at_best_strength(cells: pd.DataFrame) -> pd.DataFrame:
     """The cells of the strength that is best on validation images, for each task and rule."""
     scores = cells.groupby(SETTING, sort=False)["validation"].mean()

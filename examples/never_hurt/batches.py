@@ -10,6 +10,7 @@ import numpy as np
 from examples.common import standardisation
 from examples.common.data import pad_margin
 from examples.common.epochs import draw_batches
+from examples.never_hurt.cell import Cell
 
 
 class Plan(NamedTuple):
@@ -33,6 +34,58 @@ def draw(n_images: int, image_size: int, batch_size: int, steps: int, seed: Sequ
     flip = rng.random(which.shape) < 0.5
     n_corners = 2 * pad_margin(image_size) + 1
     return Plan(which, flip, rng.integers(n_corners, size=(*which.shape, 2), dtype=np.int32))
+
+
+class Schedule(NamedTuple):
+    """The images of one step, or of all, with the steps as a first axis.
+
+    Attributes:
+        train: What is trained on.
+        held_out: The images that the held-out gradient is computed on; None without.
+        is_due: Whether this step computes it, bool.
+    """
+
+    train: Plan
+    held_out: Plan | None
+    is_due: Any
+
+
+def schedule(cell: Cell, labels: np.ndarray) -> Schedule:
+    """Draws the images of all steps of a cell.
+
+    Of each class, ``cell.held_out`` images are drawn by the seed and not trained on, until
+    ``cell.returned_at``; from there on all images are trained on, and no held-out gradient is
+    computed any more.
+    """
+    everything = np.arange(len(labels))
+    size, batch_size, seed = cell.image_size, cell.batch_size, (cell.seed, cell.order)
+    if not cell.held_out:
+        train = draw(len(labels), size, batch_size, cell.steps, seed)
+        return Schedule(train, None, np.zeros(cell.steps, bool))
+    rng = np.random.default_rng((cell.seed, 2))
+    held_out = np.concatenate(
+        [
+            rng.permutation(np.flatnonzero(labels == each))[: cell.held_out]
+            for each in np.unique(labels)
+        ]
+    )
+    apart = round(cell.returned_at * cell.steps)
+    plans = [
+        _of(np.setdiff1d(everything, held_out), size, batch_size, apart, (*seed, 3)),
+        _of(everything, size, batch_size, cell.steps - apart, (*seed, 4)),
+    ]
+    train = Plan(*(np.concatenate(parts) for parts in zip(*plans, strict=True)))
+    steps = np.arange(cell.steps)
+    return Schedule(
+        train,
+        _of(held_out, size, min(batch_size, len(held_out)), cell.steps, (*seed, 5)),
+        (steps % cell.held_out_every == 0) & (steps < apart),
+    )
+
+
+def _of(which: np.ndarray, size: int, batch_size: int, steps: int, seed: Sequence[int]) -> Plan:
+    plan = draw(len(which), size, batch_size, steps, seed)
+    return plan._replace(which=which[plan.which].astype(np.int32))
 
 
 def views(images: jax.Array, plan: Plan) -> jax.Array:

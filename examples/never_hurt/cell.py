@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 NONE = "none"
+ADDED = ("held_out", "held_out_every", "returned_at")
+"""Settings that were added after the first results."""
 
 
 @dataclass(frozen=True)
@@ -42,20 +44,34 @@ class Cell:
     """Steps of SGD, at least 4: conflict is reported by quarters of training."""
     batch_size: int = 32
     """Images in a step."""
+    held_out: int = 0
+    """Training images per class that are not trained on: their gradient is the reference."""
+    held_out_every: int = 1
+    """Steps from one held-out gradient to the next."""
+    returned_at: float = 1.0
+    """The share of training after which the held-out images are trained on, too; 1: never."""
 
     def __post_init__(self) -> None:
         # 1 and 1.0 are one setting, with one key.
         object.__setattr__(self, "strength", float(self.strength))
         object.__setattr__(self, "learning_rate", float(self.learning_rate))
-        for name, least in (("strength", 0), ("learning_rate", 0), ("steps", 4), ("batch_size", 1)):
+        least = {"strength": 0, "learning_rate": 0, "steps": 4, "batch_size": 1}
+        for name, lowest in {**least, "held_out": 0, "held_out_every": 1}.items():
             value = getattr(self, name)
-            if not least <= value < math.inf:
-                raise ValueError(f"{name} must be finite and at least {least}; got {value}.")
+            if not lowest <= value < math.inf:
+                raise ValueError(f"{name} must be finite and at least {lowest}; got {value}.")
+        if not 0 < self.returned_at <= 1:
+            raise ValueError(f"returned_at must be in (0, 1]; got {self.returned_at}.")
 
     @property
     def key(self) -> str:
         """A hash of all settings."""
-        canonical = json.dumps(asdict(self), sort_keys=True)
+        settings = asdict(self)
+        for name in ADDED:
+            # Keys of results from before these settings existed stay as they were.
+            if settings[name] == type(self).__dataclass_fields__[name].default:
+                del settings[name]
+        canonical = json.dumps(settings, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 

@@ -2,7 +2,8 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 
@@ -45,6 +46,10 @@ class Part:
     rules: Sequence[str]
     strengths: Sequence[float]
     seeds: Sequence[int]
+    held_out: int = 0
+    """Training images per class that rules with a held-out reference do not train on."""
+    returned_at: float = 1.0
+    """The share of training after which they are trained on, too."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,9 @@ class Grid:
         batch_size: Of a cell.
         pretraining_steps: Of a source that is trained here.
         test: Whether the accuracy on test images is computed.
+        images_per_class: Training images of each target; None: all.
+        tuned: What the learning rate is chosen for: plain fine-tuning alone, or each setting by
+            itself, which runs every cell with every learning rate.
     """
 
     parts: Sequence[Part]
@@ -73,9 +81,13 @@ class Grid:
     batch_size: int = 32
     pretraining_steps: int = 2500
     test: bool = True
+    images_per_class: Mapping[str, int | None] = field(default_factory=lambda: PER_CLASS)
+    tuned: Literal["plain", "each"] = "plain"
 
     def tuning(self) -> list[Cell]:
         """The cells that choose the learning rates. They do not use test images."""
+        if self.tuned == "each":
+            return []
         return [
             replace(self._plain(*pair, seed, learning_rate), test=False)
             for pair in self._pairs()
@@ -92,22 +104,30 @@ class Grid:
         Raises:
             ValueError: If one of them is missing.
         """
-        rates = self.chosen_rates(results)
+        chosen = self.chosen_rates(results)
         cells: list[Cell] = []
         for part in self.parts:
             for source, target, seed in itertools.product(part.sources, part.targets, part.seeds):
-                plain = self._plain(source, target, seed, rates[source, target])
-                # The mean of several runs is the baseline, not a single one that may be lucky.
-                cells += [replace(plain, order=order) for order in range(PLAIN_RUNS)]
-                cells += [
-                    replace(plain, regularizer=regularizer, rule=rule, strength=strength)
-                    for regularizer, rule, strength in itertools.product(
-                        part.regularizers, part.rules, part.strengths
-                    )
-                ]
+                for rate in chosen.get((source, target), self.learning_rates):
+                    plain = self._plain(source, target, seed, rate)
+                    # The mean of several runs is the baseline, not one that may be lucky.
+                    cells += [replace(plain, order=order) for order in range(PLAIN_RUNS)]
+                    cells += [
+                        replace(
+                            plain,
+                            regularizer=regularizer,
+                            rule=rule,
+                            strength=strength,
+                            held_out=part.held_out,
+                            returned_at=part.returned_at,
+                        )
+                        for regularizer, rule, strength in itertools.product(
+                            part.regularizers, part.rules, part.strengths
+                        )
+                    ]
         return list(dict.fromkeys(cells))
 
-    def chosen_rates(self, results: Mapping[str, Result]) -> dict[tuple[str, str], float]:
+    def chosen_rates(self, results: Mapping[str, Result]) -> dict[tuple[str, str], list[float]]:
         """The learning rate with the best mean validation accuracy for each source and target."""
         accuracies: dict[tuple[str, str], dict[float, list[float]]] = {}
         for cell in self.tuning():
@@ -116,7 +136,7 @@ class Grid:
             of_pair = accuracies.setdefault((cell.source, cell.target), {})
             of_pair.setdefault(cell.learning_rate, []).append(results[cell.key].validation)
         return {
-            pair: max(of_pair, key=lambda rate: np.mean(of_pair[rate]))
+            pair: [max(of_pair, key=lambda rate: np.mean(of_pair[rate]))]
             for pair, of_pair in accuracies.items()
         }
 
@@ -133,7 +153,7 @@ class Grid:
             strength=0.0,
             seed=seed,
             learning_rate=learning_rate,
-            images_per_class=PER_CLASS[target],
+            images_per_class=self.images_per_class[target],
             test=self.test,
             architecture=self.architecture,
             image_size=self.image_size,
@@ -183,6 +203,11 @@ VARIANTS = (
     *("momenta_gate", "momenta_gate_0.3", "momenta_gate_2", "momenta_project"),
     *("momenta_cosine", "momenta_keep", "momenta_global", "momenta_element", "placebo"),
 )
+
+CONTAINED = ("l2_sp", "feature_distillation")
+SUMS = ("weighted_sum", "dtnh_layer", "bounded_dtnh")
+HELD_OUT = ("held_out_global", "held_out_layer")
+TENFOLD = (1.0, 10.0, 100.0, 1000.0)
 
 GRIDS: Mapping[str, Grid] = {
     # The main question.

@@ -35,7 +35,8 @@ def study(folder: Path, grid: str) -> pd.DataFrame | None:
         raise ValueError(
             f"{paths[0]} lacks {len(missing)} of {len(cells)} cells; run the grid to its end."
         )
-    return analysis.compare(analysis.frame(results[cell.key] for cell in cells))
+    found = analysis.frame(results[cell.key] for cell in cells)
+    return analysis.compare(analysis.at_best_rate(found) if GRIDS[grid].tuned == "each" else found)
 
 
 def make_tables(studies: Mapping[str, pd.DataFrame]) -> dict[str, Rows]:

@@ -54,6 +54,12 @@ def preset(**choices: Any) -> Callable[[Setting], Optimizer]:
     return lambda at: dtnh_jax.dtnh_sgd(at.rate, at.reg_weight, mask=at.mask, **choices)
 
 
+def held_out(**choices: Any) -> Callable[[Setting], Optimizer]:
+    """The preset, compared with an average gradient of held-out images."""
+    choices = {"reference": dtnh_jax.held_out(0.9), "bound_by": "running_max"} | choices
+    return preset(**choices)
+
+
 def placebo(at: Setting) -> Optimizer:
     """A control: the preset, with noise of the same length for the regularizer gradient."""
     return optax.chain(dtnh_jax.transform_pair(reg=noise(), mask=at.mask), preset()(at))
@@ -113,4 +119,13 @@ RULES: Mapping[str, Callable[[Setting], Optimizer]] = {
     "momenta_global": preset(scope="global"),
     "momenta_element": preset(scope="element"),
     "placebo": placebo,
+    # The preset, compared with the gradient of held-out images.
+    "held_out_global": held_out(scope="global"),
+    "held_out_layer": held_out(scope="layer"),
+    # The same; its images are trained on in the second half.
+    "held_out_returned": held_out(scope="global"),
+    "held_out_current": held_out(scope="global", bound_by="current"),
+    "held_out_unbounded": held_out(scope="global", max_ratio=None, bound_by="current"),
+    # A control: its bound alone.
+    "running_bound": preset(scope="global", on_conflict="keep", bound_by="running_max"),
 }

@@ -98,7 +98,7 @@ def _grouped(cells: Sequence[Cell], lanes: int) -> list[Job]:
 def _shapes(cell: Cell) -> tuple[str, ...]:
     """The settings that decide the program of a cell and the shapes of its arrays."""
     source = cell.source if train.has_head(cell.regularizer) else ""
-    data = cell.target, cell.images_per_class, cell.image_size, cell.batch_size
+    data = cell.target, cell.images_per_class, cell.image_size, cell.batch_size, cell.held_out
     return tuple(
         map(str, (*data, cell.architecture, cell.steps, cell.regularizer, cell.rule, source))
     )

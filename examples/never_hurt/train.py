@@ -19,7 +19,7 @@ from examples.common.objective import REGULARIZERS, RegularizerInputs
 from examples.common.pretrained import Pretrained
 from examples.common.resnet import Network, Output, ResNetConfig
 from examples.never_hurt import batches, sources
-from examples.never_hurt.batches import Plan
+from examples.never_hurt.batches import Plan, Schedule
 from examples.never_hurt.cell import NONE, Cell, Result
 from examples.never_hurt.images import Splits
 from examples.never_hurt.rules import RULES, Setting
@@ -106,12 +106,12 @@ def run(prepared: Sequence[Prepared]) -> list[Result]:
     if len(programs) != 1:
         raise ValueError("Cells that run at once must share regularizer, rule, shapes and steps.")
     [program] = programs
-    task, state, plan = _stack([_start(program, each) for each in prepared])
+    task, state, schedule = _stack([_start(program, each) for each in prepared])
     measured = []
     started = 0.0
     for i in range(program.steps):
         state, of_step = _step_of_lanes(
-            program, state, task, jax.tree.map(lambda x, i=i: x[:, i], plan)
+            program, state, task, jax.tree.map(lambda x, i=i: x[:, i], schedule)
         )
         measured.append(of_step)
         if i == 0:  # the step that compiles
@@ -140,7 +140,7 @@ def program_of(prepared: Prepared) -> Program:
     )
 
 
-def _start(program: Program, prepared: Prepared) -> tuple[Task, State, Plan]:
+def _start(program: Program, prepared: Prepared) -> tuple[Task, State, Schedule]:
     cell, source, splits = prepared
     weight = cell.strength * REGULARIZERS[cell.regularizer].weight
     network = source.network
@@ -156,9 +156,8 @@ def _start(program: Program, prepared: Prepared) -> tuple[Task, State, Plan]:
     head = resnet.init_head(program.model, cell.seed)
     network = source.network._replace(params=source.network.params | {"head": head})
     optimizer = make_optimizer(program, task)
-    n = len(splits.train.labels)
-    plan = batches.draw(n, cell.image_size, cell.batch_size, cell.steps, (cell.seed, cell.order))
-    return task, State(network, optimizer.init(network.params)), plan
+    schedule = batches.schedule(cell, splits.train.labels)
+    return task, State(network, optimizer.init(network.params)), schedule
 
 
 def make_optimizer(program: Program, task: Task) -> optax.GradientTransformationExtraArgs:
@@ -191,11 +190,23 @@ def _with_head(network: Network, config: ResNetConfig) -> Network:
     return network._replace(params=network.params | {"head": head})
 
 
-def _step(program: Program, state: State, task: Task, plan: Plan) -> tuple[State, Measured]:
+def _step(program: Program, state: State, task: Task, schedule: Schedule) -> tuple[State, Measured]:
     optimizer = make_optimizer(program, task)
+    plan, held_out = schedule.train, schedule.held_out
     ((loss, _), output), pair = _gradients(program, state.network, task, plan)
     params = state.network.params
-    updates, opt_state = optimizer.update(pair, state.opt_state, params)
+    extra_args = {}
+    if held_out is not None:
+        # Computed only where it is due: one branch in the program.
+        extra_args["held_out_grads"] = dtnh_jax.HeldOutGrads(
+            jax.lax.cond(
+                schedule.is_due,
+                lambda: _held_out_gradient(program, state.network, task, held_out),
+                lambda: jax.tree.map(jnp.zeros_like, params),
+            ),
+            schedule.is_due,
+        )
+    updates, opt_state = optimizer.update(pair, state.opt_state, params, **extra_args)
     network = Network(optax.apply_updates(params, updates), output.batch_stats)
     right = jnp.argmax(output.logits, axis=-1) == task.labels[plan.which]
     conflict = None if program.regularizer == NONE else dtnh_jax.conflict_stats(opt_state)
@@ -203,14 +214,25 @@ def _step(program: Program, state: State, task: Task, plan: Plan) -> tuple[State
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _step_of_lanes(program: Program, state: State, task: Task, plan: Plan) -> Any:
+def _step_of_lanes(program: Program, state: State, task: Task, schedule: Schedule) -> Any:
     """A step of all lanes."""
     step = functools.partial(_step, program)
-    if len(plan.which) > 1:
-        return jax.vmap(step)(state, task, plan)
+    if len(schedule.is_due) > 1:
+        return jax.vmap(step)(state, task, schedule)
     # On a CPU, jax.vmap makes convolutions slow even for a single lane.
-    only = jax.tree.map(lambda x: x[0], (state, task, plan))
+    only = jax.tree.map(lambda x: x[0], (state, task, schedule))
     return jax.tree.map(lambda x: x[None], step(*only))
+
+
+def _held_out_gradient(program: Program, network: Network, task: Task, plan: Plan) -> Any:
+    """The gradient of the loss of held-out images; batch norm's statistics are not kept."""
+    images, labels = batches.views(task.images, plan), task.labels[plan.which]
+
+    def loss(params: Any) -> jax.Array:
+        output = resnet.apply(program.model, network._replace(params=params), images, train=True)
+        return objective.cross_entropy(output.logits, labels)
+
+    return jax.grad(loss)(network.params)
 
 
 def _gradients(program: Program, network: Network, task: Task, plan: Plan) -> Any:
