@@ -70,11 +70,10 @@ def schedule(cell: Cell, labels: np.ndarray) -> Schedule:
         ]
     )
     apart = round(cell.returned_at * cell.steps)
-    plans = [
-        _of(np.setdiff1d(everything, held_out), size, batch_size, apart, (*seed, 3)),
-        _of(everything, size, batch_size, cell.steps - apart, (*seed, 4)),
-    ]
-    train = Plan(*(np.concatenate(parts) for parts in zip(*plans, strict=True)))
+    train = _of(np.setdiff1d(everything, held_out), size, batch_size, apart, (*seed, 3))
+    if apart < cell.steps:
+        returned = _of(everything, size, batch_size, cell.steps - apart, (*seed, 4))
+        train = Plan(*(np.concatenate(parts) for parts in zip(train, returned, strict=True)))
     steps = np.arange(cell.steps)
     return Schedule(
         train,
