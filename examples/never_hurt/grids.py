@@ -256,6 +256,45 @@ GRIDS: Mapping[str, Grid] = {
             )
         ]
     ),
+    # Gains to keep: a source that contains the target, few images, and learning rates chosen for
+    # each setting. Rules with a held-out reference train on one image per class less.
+    "gains": Grid(
+        [
+            Part(("cifar10",), ("cifar10",), CONTAINED, SUMS, TENFOLD, range(3)),
+            Part(("cifar10",), ("cifar10",), CONTAINED, HELD_OUT, TENFOLD, range(3), held_out=1),
+            Part(
+                *(("cifar10",), ("cifar10",), CONTAINED, ("held_out_returned",)),
+                *(TENFOLD, range(3)),
+                held_out=1,
+                returned_at=0.5,
+            ),
+        ],
+        learning_rates=(0.01, 0.03, 0.1),
+        tuned="each",
+        steps=300,
+        images_per_class={"cifar10": 5},
+    ),
+    # Harm to avoid: sources that do not suit the target, up to a thousand times the usual weight.
+    "harm": Grid(
+        [
+            replace(part, sources=(source,), targets=(target,))
+            for source, target in (
+                ("gtsrb", "scene15"),
+                ("random_labels_imagenette", "cifar10"),
+                ("tinyimagenet", "caltech101"),
+            )
+            for part in (
+                Part((), (), TRANSFER, SUMS, TENFOLD, range(3)),
+                Part((), (), TRANSFER, HELD_OUT[:1], TENFOLD, range(3), held_out=3),
+                Part(
+                    *((), (), TRANSFER, ("held_out_returned",), TENFOLD, range(3)),
+                    held_out=3,
+                    returned_at=0.5,
+                ),
+            )
+        ],
+        learning_rates=(0.01, 0.03, 0.1),
+    ),
     # Larger networks and images, for a GPU.
     "gpu": Grid(
         [
