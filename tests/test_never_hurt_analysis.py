@@ -295,6 +295,36 @@ def finished(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_kept_at_the_best_strength_of_the_sum_and_at_tenfold():
+    rates = {rule: {0.1: x[0.1], 1.0: x[1.0], 10.0: x[100.0]} for rule, x in EFFECTS.items()}
+    found = study()
+    found["strength"] = found["strength"].replace(100.0, 10.0)
+    head, *rows = tables.kept(found)
+    assert len(rows) == len(SOURCES) * len(TARGETS) * len(EFFECTS)
+    assert head[4:] == ["at the best λ", "kept", "at ten times that λ", "kept"]
+    of_rule = {row[3]: row[4:] for row in rows[:3]}
+    assert rates["weighted_sum"][1.0] == 4.0  # the best strength is 1
+    assert of_rule["weighted sum"] == ["+4.0 ± 0.0", "100%", "−20.0 ± 0.0", "−500%"]
+    assert of_rule["bounded DTNH"] == ["+3.0 ± 0.0", "75%", "+3.0 ± 0.0", "75%"]
+
+
+def test_the_best_learning_rate_is_chosen_for_each_setting():
+    grid = replace(
+        GRID, tuned="each", learning_rates=(0.01, 0.1), images_per_class=dict.fromkeys(TARGETS, 5)
+    )
+    made = {}
+    for cell in grid.cells({}):
+        # Plain fine-tuning is better at the small rate, a rule at the large one.
+        good = cell.learning_rate == (0.01 if cell.rule == NONE else 0.1)
+        accuracy = 0.5 + 0.1 * good
+        made[cell.key] = Result(cell, accuracy, accuracy, 1.0, 0.0, removed=[0.5] * 4)
+    found = analysis.at_best_rate(analysis.frame(made.values()))
+    rates = found.groupby("rule")["learning_rate"].agg(["min", "max"])
+    assert (rates.loc[NONE] == 0.01).all()
+    assert (rates.drop(index=NONE) == 0.1).all(axis=None)
+    assert len(found) == len(made) / 2
+
+
 def test_report(finished):
     page = finished / "docs" / "page.md"
     (page.parent / "assets").mkdir(parents=True)
@@ -334,7 +364,9 @@ def test_report_wants_all_cells_and_known_tables(finished, capsys):
 
 
 def test_every_table_has_rows_of_one_length():
-    made = report.make_tables(dict.fromkeys(("small", "wide", "real", "variants"), study(0.5)))
+    made = report.make_tables(
+        dict.fromkeys(("small", "wide", "real", "variants", "gains", "harm"), study(0.5))
+    )
     for name, rows in made.items():
         assert len({len(row) for row in rows}) == 1, name
         assert len(rows) > 1, name

@@ -59,6 +59,14 @@ def make_tables(studies: Mapping[str, pd.DataFrame]) -> dict[str, Rows]:
         made["again"] = tables.settings(again)
     if (variants := studies.get("variants")) is not None:
         made["variants"] = tables.by_rule(variants)
+    if (gains := studies.get("gains")) is not None:
+        made["gains-kept"] = tables.kept(gains)
+        made["gains-chosen"] = tables.best_by_pair(gains)
+    for name in ("gains", "harm"):
+        if (cells := studies.get(name)) is not None:
+            made[f"{name}-baseline"] = tables.plain(cells)
+            made[f"{name}-by-regularizer"] = tables.by_regularizer(cells)
+            made[f"{name}-below"] = tables.verdicts(cells)
     for name in ("wide", "real"):
         if (cells := studies.get(name)) is not None:
             made[f"{name}-verdicts"] = tables.verdicts(cells)

@@ -123,6 +123,28 @@ def gains(cells: pd.DataFrame) -> Rows:
     return [[*head, "share of the weighted sum's"], *rows]
 
 
+def kept(cells: pd.DataFrame) -> Rows:
+    """What each rule keeps of the weighted sum's gain, at the sum's best strength and at tenfold.
+
+    The strength is chosen on validation images, for each source, target and regularizer. The gain
+    of the sum at that strength is what 100 % means in both columns.
+    """
+    best = analysis.at_best_strength(select(cells, rule=WEIGHTED_SUM))
+    rows = [[*PAIR, "regularizer", "rule", "at the best λ", "kept", "at ten times that λ", "kept"]]
+    for task, sums in best.groupby(TASK, sort=False):
+        strength, gain = sums["strength"].iloc[0], sums["against_plain"].mean()
+        of_task = select(cells, **dict(zip(TASK, task, strict=True)))
+        for rule, of_rule in of_task.groupby("rule", sort=False):
+            row = [*map(label, task), label(rule)]
+            for each in (strength, 10 * strength):
+                found = select(of_rule, strength=each)["against_plain"]
+                text = f"{points(found.mean())} ± {found.std():.1f}"
+                share = f"{found.mean() / gain:.0%}".replace("-", "−")
+                row += [text, share] if len(found) else ["", ""]
+            rows.append(row)
+    return rows
+
+
 def best_by_pair(cells: pd.DataFrame) -> Rows:
     """The gain at the best strength, task by task."""
 
