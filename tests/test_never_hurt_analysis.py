@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import needs
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import stats
 
 needs.examples()
+
+import pandas as pd
 
 from examples.never_hurt import __main__ as command
 from examples.never_hurt import analysis, figures, labels, report, store, tables
