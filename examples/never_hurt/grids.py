@@ -269,7 +269,7 @@ GRIDS: Mapping[str, Grid] = {
                 returned_at=0.5,
             ),
         ],
-        learning_rates=(0.01, 0.03, 0.1),
+        learning_rates=(0.01, 0.03),
         tuned="each",
         steps=300,
         images_per_class={"cifar10": 5},
