@@ -52,7 +52,8 @@ def accumulate_pairs(
 
     Raises:
         ValueError: If `every_k` is less than 1.
-        TypeError: If `every_k` is no integer; at `update`, if one tree comes where a pair is due.
+        TypeError: If `every_k` is not an integer; at `update`, if one tree comes where a pair is
+            expected.
 
     Examples:
         >>> import jax.numpy as jnp, optax, dtnh_jax

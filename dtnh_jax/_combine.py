@@ -357,7 +357,7 @@ def as_trees(reg_grads: PyTree, n_weights: int) -> list[PyTree]:
             else type(reg_grads).__name__
         )
         raise TypeError(
-            f"A rule with {n_weights} weights in reg_weight wants reg_grads to be a tuple of as "
+            f"A rule with {n_weights} weights in reg_weight needs reg_grads to be a tuple of as "
             f"many trees, one for each regularizer; got {got}."
         )
     return list(reg_grads)
@@ -402,7 +402,7 @@ def _check_bound(max_ratio: Any, bound_by: str, by_element: bool) -> None:
 def _check_initialised(names: tuple[str, ...], state: Any) -> None:
     if not isinstance(state, PairState):
         raise TypeError(
-            f"A dtnh_jax rule wants the state that its init(params) made; got "
+            f"A dtnh_jax rule needs the state that its init(params) made; got "
             f"{type(state).__name__}."
         )
     known = set(state.groups) if isinstance(state.groups, Mapping) else set()

@@ -45,27 +45,27 @@ def decoupled(
     $$u = \text{optimizer}(a) - \gamma\lambda\,(b - c^- r), \qquad
     c^- = \min\left(0, \frac{\langle r,b\rangle}{\lVert r\rVert^2}\right)$$
 
-    with the learning rate $\gamma$ and $r = a$ unless another reference is chosen. Inside a chain
-    the regularizer's gradient goes into the optimizer's momentum and comes out in later steps,
-    which it may oppose; out here it is what it was when it was held against the reference.
-    With `reference="batch"` the regularizer's part of the update never raises the loss to first
-    order, $\langle -\gamma\lambda(b - c^- a), a\rangle = -\gamma\lambda\max(0, \langle
+    with the learning rate $\gamma$ and $r = a$ unless another reference is chosen. In a chain, the
+    regularizer gradient enters the optimizer's momentum and acts in later steps, which it may
+    oppose. Here it acts only in the step in which it was compared with the reference. With
+    `reference="batch"` the regularizer's part of the update does not raise the loss of the batch
+    to first order, $\langle -\gamma\lambda(b - c^- a), a\rangle = -\gamma\lambda\max(0, \langle
     a,b\rangle) \le 0$, whatever the optimizer.
 
     Args:
         optimizer: Any optax optimizer, learning rate included.
         reg_weight: $\lambda \ge 0$, as in [`dtnh`][dtnh_jax.dtnh]. The regularizer's step is the
-            plain gradient's, not the optimizer's: with Adam, whose steps do not grow with the
-            gradient, a weight means something else than inside the chain; with a momentum of
-            $\mu$ it is gentler by up to $1/(1-\mu)$ out here.
-        learning_rate: $\gamma$, a number or an optax schedule of the step; as a rule the one that
-            `optimizer` was made with.
+            plain gradient's, not the optimizer's. With Adam, whose steps do not grow with the
+            gradient, a weight has another meaning than in a chain; with a momentum of $\mu$, the
+            effect is smaller than in a chain by up to $1/(1-\mu)$.
+        learning_rate: $\gamma$, a number or an Optax schedule of the step; usually that of
+            `optimizer`.
         on_conflict: As in [`dtnh`][dtnh_jax.dtnh].
         max_ratio: As in [`dtnh`][dtnh_jax.dtnh].
         scope: As in [`dtnh`][dtnh_jax.dtnh].
         mask: As in [`dtnh`][dtnh_jax.dtnh].
         reference: As in [`dtnh`][dtnh_jax.dtnh], or `"update"`: the optimizer's own step, which
-            the regularizer's then never opposes.
+            the regularizer's step then does not oppose.
         bound_by: As in [`dtnh`][dtnh_jax.dtnh].
         diagnostics: As in [`dtnh`][dtnh_jax.dtnh].
         mode: Deprecated; use `on_conflict`.
@@ -78,7 +78,7 @@ def decoupled(
 
     Raises:
         ValueError: As [`dtnh`][dtnh_jax.dtnh] does.
-        TypeError: Likewise.
+        TypeError: As [`dtnh`][dtnh_jax.dtnh] does.
 
     Examples:
         >>> import jax.numpy as jnp, optax, dtnh_jax
@@ -160,16 +160,15 @@ def add_l2_sp(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds the pull towards the pre-trained weights, where that does not oppose the update.
 
-    For training loops of one gradient: it stands in a chain where `optax.add_decayed_weights`
-    would, and needs params but no pair. With the incoming update $u$, in the direction that the
-    loss falls against, and $b = w - w_0$, the gradient of
-    [`l2_sp`][dtnh_jax.regularizers.l2_sp],
+    For training loops with one gradient. It takes the place of `optax.add_decayed_weights` in a
+    chain, and needs params but no pair. With the incoming update $u$, which is a gradient or points
+    like one, and $b = w - w_0$, the gradient of [`l2_sp`][dtnh_jax.regularizers.l2_sp], it returns
 
     $$u + \lambda\,(b - c^- u), \qquad
     c^- = \min\left(0, \frac{\langle u,b\rangle}{\lVert u\rVert^2}\right).$$
 
-    Before the scaling by the learning rate and after everything else it is decoupled, and held
-    against the optimizer's own step; as the first link it is held against the gradient.
+    As the last link before the learning rate it is decoupled, and $b$ is compared with the
+    optimizer's own step; as the first link, with the gradient.
 
     Args:
         pretrained: $w_0$, with the structure and shapes of params; `None` in the place of a leaf
@@ -227,7 +226,7 @@ def add_l2_sp(
     ) -> tuple[PyTree, Any]:
         if params is None:
             raise ValueError(
-                "add_l2_sp wants the params that it pulls back to the pre-trained ones: call "
+                "add_l2_sp needs the params, which it pulls towards the pre-trained ones: call "
                 "tx.update(grads, state, params)."
             )
         # The conjugate of a gradient points where the weight does: for complex leaves it is w - w0,

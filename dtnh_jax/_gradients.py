@@ -115,7 +115,7 @@ def _checked_terms(result: Any, has_aux: bool) -> tuple[tuple[jax.Array, Any], A
     def refuse(got: str) -> None:
         hint = "" if has_aux else " If it returns auxiliary data too, set has_aux=True."
         raise TypeError(
-            f"value_and_gradient_pair wants a function that returns {wanted}, loss and reg real "
+            f"value_and_gradient_pair needs a function that returns {wanted}, loss and reg real "
             f"floating-point scalars; got {got}.{hint}"
         )
 

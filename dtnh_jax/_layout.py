@@ -78,7 +78,7 @@ def lay_out(tree: PyTree, scope: Scope, mask: Mask) -> Layout:
 
     Raises:
         ValueError: If the labels or the mask do not fit ``tree``.
-        TypeError: If a label is no string or a mask's entry no boolean.
+        TypeError: If a label is not a string, or an entry of the mask not a boolean.
     """
     leaves, treedef = jax.tree.flatten(tree)
     paths = leaf_paths(tree, absent=False)

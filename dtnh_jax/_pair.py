@@ -92,7 +92,7 @@ def _as_pair(updates: PyTree, reg_grads: PyTree | None, params: PyTree | None) -
     is_params_like = params is not None and _same_structure(updates, params)
     if pair is None or is_params_like:
         raise TypeError(
-            "A dtnh_jax rule wants the gradients of loss and regularizer as a pair; got one "
+            "A dtnh_jax rule needs the gradients of loss and regularizer as a pair; got one "
             f"tree ({type(updates).__name__}) and no reg_grads=. {RIGHT_CALLS}."
         )
     return pair
@@ -118,7 +118,7 @@ def _pair_of(updates: PyTree) -> GradientPair | None:
     if type(updates) is tuple and len(updates) == 2:
         return GradientPair(*updates)
     # nnx.Optimizer.update(model, pair) turns the tuple into an nnx.State by its indices, and a
-    # GradientPair into one by its field names. A dict may be somebody's params, so it is no pair.
+    # GradientPair into one by its field names. A dict may be params, so it is not a pair.
     if isinstance(updates, Mapping) and not isinstance(updates, dict):
         for keys in ((0, 1), GradientPair._fields):
             if set(updates) == set(keys):

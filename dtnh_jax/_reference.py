@@ -233,7 +233,7 @@ def _next_held_out(
     given = extra_args.get("held_out_grads")
     if given is None:
         raise TypeError(
-            "A rule with a held-out reference wants held_out_grads=, the gradient of the loss of "
+            "A rule with a held-out reference needs held_out_grads=, the gradient of the loss of "
             "examples that are not trained on: call tx.update(pair, state, params, "
             "held_out_grads=grads). For steps without one, see dtnh_jax.every_k_steps."
         )

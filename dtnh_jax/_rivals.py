@@ -100,7 +100,7 @@ def gradient_cosine(
 
     Raises:
         ValueError: As [`dtnh`][dtnh_jax.dtnh] does.
-        TypeError: Likewise.
+        TypeError: As [`dtnh`][dtnh_jax.dtnh] does.
 
     Examples:
         >>> import jax.numpy as jnp, dtnh_jax
@@ -134,7 +134,7 @@ def dynamic_barrier(
 
     Raises:
         ValueError: As [`dtnh`][dtnh_jax.dtnh] does.
-        TypeError: Likewise.
+        TypeError: As [`dtnh`][dtnh_jax.dtnh] does.
 
     Examples:
         >>> import jax.numpy as jnp, dtnh_jax
@@ -167,7 +167,7 @@ def agem(
 
     Raises:
         ValueError: As [`dtnh`][dtnh_jax.dtnh] does.
-        TypeError: Likewise.
+        TypeError: As [`dtnh`][dtnh_jax.dtnh] does.
 
     Examples:
         >>> import jax.numpy as jnp, dtnh_jax
@@ -203,7 +203,7 @@ def pcgrad(
 
     Raises:
         ValueError: As [`dtnh`][dtnh_jax.dtnh] does.
-        TypeError: Likewise.
+        TypeError: As [`dtnh`][dtnh_jax.dtnh] does.
 
     Examples:
         >>> import jax.numpy as jnp, dtnh_jax
@@ -236,7 +236,7 @@ def upgrad(
 
     Raises:
         ValueError: As [`dtnh`][dtnh_jax.dtnh] does.
-        TypeError: Likewise.
+        TypeError: As [`dtnh`][dtnh_jax.dtnh] does.
 
     Examples:
         >>> import jax.numpy as jnp, dtnh_jax
@@ -272,7 +272,7 @@ def mgda(
 
     Raises:
         ValueError: As [`dtnh`][dtnh_jax.dtnh] does.
-        TypeError: Likewise.
+        TypeError: As [`dtnh`][dtnh_jax.dtnh] does.
 
     Examples:
         >>> import jax.numpy as jnp, dtnh_jax
@@ -307,7 +307,7 @@ def imtl_g(
 
     Raises:
         ValueError: As [`dtnh`][dtnh_jax.dtnh] does.
-        TypeError: Likewise.
+        TypeError: As [`dtnh`][dtnh_jax.dtnh] does.
 
     Examples:
         >>> import jax.numpy as jnp, dtnh_jax
@@ -391,7 +391,7 @@ def config(
 
     Raises:
         ValueError: As [`dtnh`][dtnh_jax.dtnh] does.
-        TypeError: Likewise.
+        TypeError: As [`dtnh`][dtnh_jax.dtnh] does.
 
     Examples:
         >>> import jax.numpy as jnp, dtnh_jax

@@ -95,18 +95,18 @@ class ConflictStats:
 
 
 def conflict_stats(opt_state: Any) -> ConflictStats:
-    r"""Where the regularizer fought the loss in the last step.
+    r"""Measures the conflict between loss and regularizer gradients in the last step.
 
-    Per group, and in total over all groups as one vector:
+    For each group, and in total over all groups as one vector:
 
     $$\cos = \frac{\langle a, b\rangle}{\lVert a\rVert\,\lVert b\rVert}, \qquad
     \text{conflict} = [\langle a, b\rangle < 0], \qquad
     \text{removed} = \frac{\lVert b - (d - a)/\lambda\rVert}{\lVert b\rVert}.$$
 
-    It reads the state and nothing else: the numbers came out of the Gramian that the rule
-    needs anyway. In scope ``"element"`` the groups reported are the leaves. With another reference
-    than the batch, ``a`` is that reference. A group that the regularizer does not reach reads zero;
-    a ``mask`` keeps it off the list.
+    It only reads the state: the rule computes these numbers from inner products that it needs
+    anyway. In scope ``"element"`` the groups are the leaves. With another reference than the batch,
+    ``a`` is that reference. A group that the regularizer does not reach reads zero; with a ``mask``
+    it is not listed.
 
     Args:
         opt_state: The state of a rule of this package, or any nesting of optax states that
@@ -146,14 +146,14 @@ def conflict_stats(opt_state: Any) -> ConflictStats:
     ]
     if not states:
         raise ValueError(
-            "conflict_stats wants an optimizer state that holds the state of a dtnh_jax rule, "
+            "conflict_stats needs an optimizer state that holds the state of a dtnh_jax rule, "
             f"such as optax.chain(dtnh_jax.dtnh(0.01), optax.sgd(0.1)).init(params); "
             f"got {type(opt_state).__name__} without one."
         )
     measurements = [state.measurement for state in states if state.measurement is not None]
     if len(measurements) < len(states):
         raise ValueError(
-            "conflict_stats wants a rule that measures; this state belongs to one that was made "
+            "conflict_stats needs a rule that measures; this state belongs to one that was made "
             "with diagnostics=False. Make it with diagnostics=True."
         )
     joined = Measurement(

@@ -26,7 +26,7 @@ def leaves_of(tree: PyTree) -> list[Any]:
 
 
 def leaf_paths(tree: PyTree, *, absent: bool = True) -> list[tuple[str, ...]]:
-    """The keys that lead to each leaf of ``tree``, in order; absent leaves too unless told not."""
+    """The keys that lead to each leaf of ``tree``, in order, with absent leaves or without."""
 
     def is_leaf(node: Any) -> bool:
         # Flax wraps arrays in nodes of their own (nnx.Variable, linen.Partitioned). Such a box is

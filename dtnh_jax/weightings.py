@@ -337,7 +337,7 @@ def pcgrad(geometry: Geometry, reg_weight: jax.Array) -> Weights:
         Yu et al., NeurIPS 2020 (arXiv:2001.06782), algorithm 1 for two tasks.
     """
     against = jnp.minimum(geometry.along, 0)
-    # Where λ = 0 there is no second task for a to be held against.
+    # Where λ = 0 there is no second gradient to project a off.
     cos_share = ratio(against, geometry.reg_norm)
     held = jnp.where(reg_weight > 0, ratio(geometry.ref_norm * cos_share, geometry.reg_norm), 0)
     return Weights(-reg_weight * against, reg_weight - held)

@@ -173,7 +173,7 @@ def test_complex_leaves_are_pulled_back_to_where_they_came_from():
 def test_add_l2_sp_errors():
     params = tree(0)
     tx = dtnh_jax.add_l2_sp({**tree(1), "dense": None}, 1.0)
-    with pytest.raises(ValueError, match=r"add_l2_sp wants the params"):
+    with pytest.raises(ValueError, match=r"add_l2_sp needs the params"):
         tx.update(params, tx.init(params))
     tx = dtnh_jax.add_l2_sp({"block": None}, 1.0)
     with pytest.raises(ValueError, match=r"pretrained must have the structure of params"):

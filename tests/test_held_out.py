@@ -335,7 +335,7 @@ def test_sharded_is_as_on_one_device():
 def test_a_gradient_that_never_comes():
     a, b = tree(0), tree(100)
     tx = dtnh_jax.dtnh(0.5, reference="held_out")
-    with pytest.raises(TypeError, match=r"wants held_out_grads=.*every_k_steps"):
+    with pytest.raises(TypeError, match=r"needs held_out_grads=.*every_k_steps"):
         tx.update((a, b), tx.init(a), a)
 
 

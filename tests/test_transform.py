@@ -336,7 +336,7 @@ def test_nnx_list_with_keys_zero_and_one_is_no_pair(standard_promotion):
     model = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(i)) for i in range(2)])
     optimizer = nnx.Optimizer(model, dtnh_jax.dtnh(0.5), wrt=nnx.Param)
     grads = nnx.grad(lambda model: jnp.sum(model[1](model[0](jnp.ones((1, 2))))))(model)
-    with pytest.raises(TypeError, match="wants the gradients of loss and regularizer as a pair"):
+    with pytest.raises(TypeError, match="needs the gradients of loss and regularizer as a pair"):
         optimizer.update(model, grads)
 
 
