@@ -28,7 +28,7 @@ class HeldOutGrads(NamedTuple):
     Attributes:
         grads: $\nabla L_H(w)$, with the structure, shapes and dtypes of `loss_grads`; anything of
             that form, such as zeros, where `is_new` is false.
-        is_new: Whether `grads` was computed in this step. bool, a scalar.
+        is_new: Whether `grads` was computed in this step. A bool, or a boolean scalar.
 
     Examples:
         >>> import jax.numpy as jnp, dtnh_jax
@@ -110,6 +110,9 @@ def held_out(decay: float = 0.9, *, max_age: int | None = None) -> HeldOut:
 
 def every_k_steps(k: int, grad_fun: Callable[..., PyTree]) -> Callable[..., HeldOutGrads]:
     r"""Computes a held-out gradient in every `k`-th step only, so that it costs $1/k$.
+
+    On a CPU, XLA runs convolutions inside `jax.lax.cond` slowly. There, jit two steps instead: one
+    that passes `HeldOutGrads(grads, True)`, and one that passes `HeldOutGrads(zeros, False)`.
 
     Args:
         k: Steps from one gradient to the next, at least 1.
@@ -251,8 +254,10 @@ def _next_held_out(
     def add(average: PyTree) -> PyTree:
         return jax.tree.map(lambda m, v: reference.decay * m + v.astype(m.dtype), average, tree)
 
-    if is_new is True:
-        return HeldOutState(add(state.average), jnp.zeros_like(state.age))
-    average = jax.lax.cond(is_new, add, lambda average: average, state.average)
     older = jnp.where(state.age < 0, state.age, optax.safe_increment(state.age))
+    if isinstance(is_new, bool):
+        return HeldOutState(
+            *((add(state.average), 0 * older) if is_new else (state.average, older))
+        )
+    average = jax.lax.cond(is_new, add, lambda average: average, state.average)
     return HeldOutState(average, jnp.where(is_new, 0, older))

@@ -149,13 +149,14 @@ def test_the_average_of_half_precision_is_in_float32():
 # Not every step
 
 
-def some(v, is_new):
-    return dtnh_jax.HeldOutGrads(v, jnp.asarray(is_new))
+@pytest.fixture(params=[jnp.asarray, bool], ids=["traced", "static"])
+def some(request):
+    """Held-out gradients whose newness is an array, or known when the step is traced."""
+    return lambda v, is_new: dtnh_jax.HeldOutGrads(v, request.param(is_new))
 
 
-def test_the_regularizer_is_left_out_until_the_first_gradient():
+def test_the_regularizer_is_left_out_until_the_first_gradient(some):
     a, b, v = tree(0), tree(100), tree(200)
-    tx = dtnh_jax.weighted_sum(0.5)  # what it must not silently become
     tx = dtnh_jax.dtnh(0.5, on_conflict="gate", reference="held_out")
     zeros = jax.tree.map(jnp.zeros_like, v)
     direction, state = step(tx, a, b, some(zeros, False))
@@ -168,7 +169,7 @@ def test_the_regularizer_is_left_out_until_the_first_gradient():
     assert int(state.reference.age) == 0
 
 
-def test_between_two_gradients_the_average_stays():
+def test_between_two_gradients_the_average_stays(some):
     a, b, v = tree(0), tree(100), tree(200)
     tx = dtnh_jax.dtnh(0.5, scope="layer", reference=dtnh_jax.held_out(0.9))
     first, state = step(tx, a, b, some(v, True))
@@ -179,7 +180,7 @@ def test_between_two_gradients_the_average_stays():
 
 
 @pytest.mark.parametrize("max_age", [0, 2])
-def test_a_gradient_that_is_too_old_leaves_the_regularizer_out(max_age):
+def test_a_gradient_that_is_too_old_leaves_the_regularizer_out(some, max_age):
     a, b = tree(0), tree(100)
     tx = dtnh_jax.dtnh(0.5, reference=dtnh_jax.held_out(0.9, max_age=max_age))
     _, state = step(tx, a, b, some(b, True))

@@ -42,12 +42,10 @@ class Schedule(NamedTuple):
     Attributes:
         train: What is trained on.
         held_out: The images that the held-out gradient is computed on; None without.
-        is_due: Whether this step computes it, bool.
     """
 
     train: Plan
     held_out: Plan | None
-    is_due: Any
 
 
 def schedule(cell: Cell, labels: np.ndarray) -> Schedule:
@@ -61,7 +59,7 @@ def schedule(cell: Cell, labels: np.ndarray) -> Schedule:
     size, batch_size, seed = cell.image_size, cell.batch_size, (cell.seed, cell.order)
     if not cell.held_out:
         train = draw(len(labels), size, batch_size, cell.steps, seed)
-        return Schedule(train, None, np.zeros(cell.steps, bool))
+        return Schedule(train, None)
     rng = np.random.default_rng((cell.seed, 2))
     held_out = np.concatenate(
         [
@@ -74,11 +72,8 @@ def schedule(cell: Cell, labels: np.ndarray) -> Schedule:
     if apart < cell.steps:
         returned = _of(everything, size, batch_size, cell.steps - apart, (*seed, 4))
         train = Plan(*(np.concatenate(parts) for parts in zip(train, returned, strict=True)))
-    steps = np.arange(cell.steps)
     return Schedule(
-        train,
-        _of(held_out, size, min(batch_size, len(held_out)), cell.steps, (*seed, 5)),
-        (steps % cell.held_out_every == 0) & (steps < apart),
+        train, _of(held_out, size, min(batch_size, len(held_out)), cell.steps, (*seed, 5))
     )
 
 

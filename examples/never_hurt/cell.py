@@ -63,6 +63,11 @@ class Cell:
         if not 0 < self.returned_at <= 1:
             raise ValueError(f"returned_at must be in (0, 1]; got {self.returned_at}.")
 
+    def is_due(self, step: int) -> bool:
+        """Whether a step computes a held-out gradient."""
+        is_apart = step < round(self.returned_at * self.steps)
+        return self.held_out > 0 and is_apart and step % self.held_out_every == 0
+
     @property
     def key(self) -> str:
         """A hash of all settings."""

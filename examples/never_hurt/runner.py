@@ -98,9 +98,13 @@ def _grouped(cells: Sequence[Cell], lanes: int) -> list[Job]:
 def _shapes(cell: Cell) -> tuple[str, ...]:
     """The settings that decide the program of a cell and the shapes of its arrays."""
     source = cell.source if train.has_head(cell.regularizer) else ""
-    data = cell.target, cell.images_per_class, cell.image_size, cell.batch_size, cell.held_out
+    data = cell.target, cell.images_per_class, cell.image_size, cell.batch_size
+    held_out = cell.held_out, cell.held_out_every, cell.returned_at
     return tuple(
-        map(str, (*data, cell.architecture, cell.steps, cell.regularizer, cell.rule, source))
+        map(
+            str,
+            (*data, *held_out, cell.architecture, cell.steps, cell.regularizer, cell.rule, source),
+        )
     )
 
 

@@ -36,6 +36,7 @@ class Program(NamedTuple):
     steps: int
     source: ResNetConfig
     model: ResNetConfig
+    held_out: tuple[int, int, float]
 
 
 class Task(NamedTuple):
@@ -110,11 +111,10 @@ def run(prepared: Sequence[Prepared]) -> list[Result]:
     measured = []
     started = 0.0
     for i in range(program.steps):
-        state, of_step = _step_of_lanes(
-            program, state, task, jax.tree.map(lambda x, i=i: x[:, i], schedule)
-        )
+        now = jax.tree.map(lambda x, i=i: x[:, i], schedule)
+        state, of_step = _step_of_lanes(program, prepared[0].cell.is_due(i), state, task, now)
         measured.append(of_step)
-        if i == 0:  # the step that compiles
+        if i == 0:  # a step that compiles
             jax.block_until_ready(state)
             started = time.perf_counter()
     history = jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves], 1), *measured)
@@ -137,6 +137,7 @@ def program_of(prepared: Prepared) -> Program:
         cell.steps,
         replace(source.config, n_classes=n_classes),
         ResNetConfig(cell.architecture, splits.n_classes),
+        (cell.held_out, cell.held_out_every, cell.returned_at),
     )
 
 
@@ -190,22 +191,22 @@ def _with_head(network: Network, config: ResNetConfig) -> Network:
     return network._replace(params=network.params | {"head": head})
 
 
-def _step(program: Program, state: State, task: Task, schedule: Schedule) -> tuple[State, Measured]:
+def _step(
+    program: Program, is_due: bool, state: State, task: Task, schedule: Schedule
+) -> tuple[State, Measured]:
     optimizer = make_optimizer(program, task)
     plan, held_out = schedule.train, schedule.held_out
     ((loss, _), output), pair = _gradients(program, state.network, task, plan)
     params = state.network.params
     extra_args = {}
     if held_out is not None:
-        # Computed only where it is due: one branch in the program.
-        extra_args["held_out_grads"] = dtnh_jax.HeldOutGrads(
-            jax.lax.cond(
-                schedule.is_due,
-                lambda: _held_out_gradient(program, state.network, task, held_out),
-                lambda: jax.tree.map(jnp.zeros_like, params),
-            ),
-            schedule.is_due,
+        # Two programs, and not a branch in one: on a CPU, XLA makes convolutions in branches slow.
+        held_out_grads = (
+            _held_out_gradient(program, state.network, task, held_out)
+            if is_due
+            else jax.tree.map(jnp.zeros_like, params)
         )
+        extra_args["held_out_grads"] = dtnh_jax.HeldOutGrads(held_out_grads, is_due)
     updates, opt_state = optimizer.update(pair, state.opt_state, params, **extra_args)
     network = Network(optax.apply_updates(params, updates), output.batch_stats)
     right = jnp.argmax(output.logits, axis=-1) == task.labels[plan.which]
@@ -213,11 +214,13 @@ def _step(program: Program, state: State, task: Task, schedule: Schedule) -> tup
     return State(network, opt_state), Measured(loss, jnp.mean(right), conflict)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _step_of_lanes(program: Program, state: State, task: Task, schedule: Schedule) -> Any:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _step_of_lanes(
+    program: Program, is_due: bool, state: State, task: Task, schedule: Schedule
+) -> Any:
     """A step of all lanes."""
-    step = functools.partial(_step, program)
-    if len(schedule.is_due) > 1:
+    step = functools.partial(_step, program, is_due)
+    if len(schedule.train.which) > 1:
         return jax.vmap(step)(state, task, schedule)
     # On a CPU, jax.vmap makes convolutions slow even for a single lane.
     only = jax.tree.map(lambda x: x[0], (state, task, schedule))
