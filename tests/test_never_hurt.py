@@ -368,15 +368,12 @@ def test_cells_that_run_at_once_are_those_that_run_one_by_one(data):
 
 
 @pytest.mark.usefixtures("standard")
-@pytest.mark.parametrize("rule", ["held_out_global", "held_out_layer"])
-def test_cells_with_held_out_images_run(data, rule):
-    cell = replace(CELL, rule=rule, held_out=2, held_out_every=2, returned_at=0.5, strength=100.0)
-    one, plain = train.run([prepared(cell, data)]) + train.run(
-        [prepared(replace(cell, strength=0.0), data)]
+def test_cells_with_held_out_images_run(data):
+    cell = replace(CELL, regularizer="l2_sp", rule="held_out_global", held_out=2, held_out_every=2)
+    weak, strong = (
+        train.run([prepared(replace(cell, strength=strength), data)])[0] for strength in (0.0, 1e4)
     )
-    assert one.train_loss != plain.train_loss
-    together = train.run([prepared(replace(cell, seed=seed), data) for seed in (0, 1)])
-    assert together[0].train_loss == pytest.approx(one.train_loss, rel=1e-3)
+    assert weak.train_loss != strong.train_loss
 
 
 @pytest.mark.usefixtures("tiny_grid", "standard")
