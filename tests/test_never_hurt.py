@@ -370,10 +370,10 @@ def test_cells_that_run_at_once_are_those_that_run_one_by_one(data):
 @pytest.mark.usefixtures("standard")
 def test_cells_with_held_out_images_run(data):
     cell = replace(CELL, regularizer="l2_sp", rule="held_out_global", held_out=2, held_out_every=2)
-    weak, strong = (
-        train.run([prepared(replace(cell, strength=strength), data)])[0] for strength in (0.0, 1e4)
-    )
-    assert weak.train_loss != strong.train_loss
+    [found] = train.run([prepared(cell, data)])
+    assert found.cell == cell
+    assert list(found.conflict) == ["global"]
+    assert math.isfinite(found.train_loss)
 
 
 @pytest.mark.usefixtures("tiny_grid", "standard")

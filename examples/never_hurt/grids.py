@@ -206,7 +206,7 @@ VARIANTS = (
 
 CONTAINED = ("l2_sp", "feature_distillation")
 SUMS = ("weighted_sum", "dtnh_layer", "bounded_dtnh")
-HELD_OUT = ("held_out_global", "held_out_layer")
+HELD_OUT = ("held_out_global",)
 TENFOLD = (1.0, 10.0, 100.0, 1000.0)
 
 GRIDS: Mapping[str, Grid] = {
@@ -263,7 +263,7 @@ GRIDS: Mapping[str, Grid] = {
             Part(("cifar10",), ("cifar10",), CONTAINED, SUMS, TENFOLD, range(3)),
             Part(("cifar10",), ("cifar10",), CONTAINED, HELD_OUT, TENFOLD, range(3), held_out=1),
             Part(
-                *(("cifar10",), ("cifar10",), CONTAINED, ("held_out_returned",)),
+                *(("cifar10",), ("cifar10",), CONTAINED[:1], ("held_out_returned",)),
                 *(TENFOLD, range(3)),
                 held_out=1,
                 returned_at=0.5,
@@ -281,16 +281,10 @@ GRIDS: Mapping[str, Grid] = {
             for source, target in (
                 ("gtsrb", "scene15"),
                 ("random_labels_imagenette", "cifar10"),
-                ("tinyimagenet", "caltech101"),
             )
             for part in (
-                Part((), (), TRANSFER, (SUMS[0], SUMS[-1]), TENFOLD, range(3)),
-                Part((), (), TRANSFER, HELD_OUT[:1], TENFOLD, range(3), held_out=3),
-                Part(
-                    *((), (), TRANSFER, ("held_out_returned",), TENFOLD, range(3)),
-                    held_out=3,
-                    returned_at=0.5,
-                ),
+                Part((), (), TRANSFER, (SUMS[0], SUMS[-1]), (1.0, 100.0, 1000.0), range(3)),
+                Part((), (), TRANSFER, HELD_OUT, (1.0, 100.0, 1000.0), range(3), held_out=3),
             )
         ],
         learning_rates=(0.01, 0.03, 0.1),
