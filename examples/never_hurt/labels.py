@@ -35,6 +35,7 @@ LABELS = {
     "held_out_global": "held out, one group",
     "held_out_layer": "held out, by layer",
     "held_out_returned": "held out, one group, returned at half",
+    "held_out_project": "held out, one group, projection",
     "held_out_current": "held out, one group, current bound",
     "held_out_unbounded": "held out, one group, no bound",
     "running_bound": "bound by the running maximum alone",

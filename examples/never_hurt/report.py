@@ -62,6 +62,8 @@ def make_tables(studies: Mapping[str, pd.DataFrame]) -> dict[str, Rows]:
     if (gains := studies.get("gains")) is not None:
         made["gains-kept"] = tables.kept(gains)
         made["gains-chosen"] = tables.best_by_pair(gains)
+    if (references := studies.get("references")) is not None:
+        made["references"] = tables.by_regularizer(references)
     for name in ("gains", "harm"):
         if (cells := studies.get(name)) is not None:
             made[f"{name}-baseline"] = tables.plain(cells)

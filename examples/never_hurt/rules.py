@@ -124,6 +124,7 @@ RULES: Mapping[str, Callable[[Setting], Optimizer]] = {
     "held_out_layer": held_out(scope="layer"),
     # The same; its images are trained on in the second half.
     "held_out_returned": held_out(scope="global"),
+    "held_out_project": held_out(scope="global", on_conflict="project"),
     "held_out_current": held_out(scope="global", bound_by="current"),
     "held_out_unbounded": held_out(scope="global", max_ratio=None, bound_by="current"),
     # A control: its bound alone.
