@@ -39,9 +39,8 @@ def dtnh_sgd(
     $\kappa$ times as long as the loss's part, however large $\lambda$ is. Both hold for the step
     that is taken, not for one mini-batch alone. The price: once the training loss is close to zero,
     little of the regularizer passes, also of one that helps. With examples that are not trained on,
-    `on_conflict="project", scope="global", reference=held_out(0.9), bound_by="running_max"` kept
-    most of what such a regularizer gains in this project's experiments; see
-    [`held_out`][dtnh_jax.held_out].
+    `scope="global", reference=held_out(0.9), bound_by="running_max"` keeps a part of what such a
+    regularizer gains; see [`held_out`][dtnh_jax.held_out].
 
     This is a whole optimizer, to be used in place of `optax.sgd`. It is this chain:
 
