@@ -205,7 +205,7 @@ VARIANTS = (
 )
 
 CONTAINED = ("l2_sp", "feature_distillation")
-SUMS = ("weighted_sum", "dtnh_layer", "bounded_dtnh")
+SUMS = ("weighted_sum", "dtnh_layer", "bounded_dtnh", "running_bound")
 HELD_OUT = ("held_out_global", "held_out_project")
 REFERENCES = (
     *("weighted_sum", "running_bound", "held_out_global", "held_out_layer"),
@@ -287,7 +287,7 @@ GRIDS: Mapping[str, Grid] = {
                 ("random_labels_imagenette", "cifar10"),
             )
             for part in (
-                Part((), (), TRANSFER, (SUMS[0], SUMS[-1]), (1.0, 100.0, 1000.0), range(3)),
+                Part((), (), TRANSFER, (SUMS[0], *SUMS[2:]), (1.0, 100.0, 1000.0), range(3)),
                 Part((), (), TRANSFER, HELD_OUT, (1.0, 100.0, 1000.0), range(3), held_out=3),
             )
         ],
