@@ -112,11 +112,12 @@ def test_a_key_is_of_the_whole_config():
         "float": lambda value: value / 2,
         "bool": lambda value: not value,
     }
-    keys = {CELL.key}
+    cell = replace(CELL, held_out=1, trial=0.5)
+    keys = {CELL.key, cell.key}
     for field in fields(Cell):
-        value = getattr(CELL, field.name)
-        keys.add(replace(CELL, **{field.name: changed[type(value).__name__](value)}).key)
-    assert len(keys) == 1 + len(fields(Cell))
+        value = getattr(cell, field.name)
+        keys.add(replace(cell, **{field.name: changed[type(value).__name__](value)}).key)
+    assert len(keys) == 2 + len(fields(Cell))
     assert replace(CELL, strength=1, learning_rate=0.05).key == CELL.key
     # Results of other machines and days are found again by this.
     assert CELL.key == "b41e5a736fa9ef2d"
@@ -374,6 +375,42 @@ def test_cells_with_held_out_images_run(data):
     assert found.cell == cell
     assert list(found.conflict) == ["global"]
     assert math.isfinite(found.train_loss)
+
+
+@pytest.mark.usefixtures("standard")
+@pytest.mark.parametrize("losses", [(2.0, 1.0), (1.0, 2.0), (1.0, 1.0), (1.0, math.nan)])
+def test_trial_runs_decide_whether_there_is_a_regularizer(data, monkeypatch, losses):
+    cell = replace(CELL, regularizer="l2_sp", rule="trial_runs", strength=1000.0)
+    for_trials = replace(cell, held_out=2, trial=0.5)
+    found_losses = iter(losses)
+    monkeypatch.setattr(train, "_loss_of_views", lambda *_: next(found_losses))
+    [found] = train.run([prepared(for_trials, data)])
+    np.testing.assert_array_equal(found.trial_losses, losses)
+    without = replace(cell, strength=0.0)
+    [wanted] = train.run([prepared(cell if losses[1] < losses[0] else without, data)])
+    assert (found.train_loss, found.validation) == (wanted.train_loss, wanted.validation)
+    assert wanted.trial_losses is None
+
+
+@pytest.mark.usefixtures("standard")
+def test_trial_runs_are_judged_by_images_that_they_do_not_train_on(data):
+    cell = replace(CELL, regularizer="l2_sp", rule="trial_runs", held_out=2, trial=0.5)
+    ready = prepared(cell, data)
+    labels = ready.splits.train.labels
+    schedule, views = batches.trial_schedule(cell, labels)
+    assert len(schedule.train.which) == cell.steps // 2
+    assert not set(views.which.ravel()) & set(schedule.train.which.ravel())
+    assert [*np.bincount(labels[np.unique(views.which)])] == [2] * ready.splits.n_classes
+    everything = batches.schedule(cell, labels).train.which
+    assert set(views.which.ravel()) < set(everything.ravel()) == set(range(len(labels)))
+    [found] = train.run([ready])
+    assert all(map(math.isfinite, found.trial_losses))
+
+
+@pytest.mark.parametrize("change", [{"trial": 1.1, "held_out": 1}, {"trial": 0.5}])
+def test_trial_runs_need_a_share_and_held_out_images(change):
+    with pytest.raises(ValueError, match=r"trial must be|set held_out"):
+        replace(CELL, **change)
 
 
 @pytest.mark.usefixtures("tiny_grid", "standard")

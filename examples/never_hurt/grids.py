@@ -50,6 +50,8 @@ class Part:
     """Training images per class that rules with a held-out reference do not train on."""
     returned_at: float = 1.0
     """The share of training after which they are trained on, too."""
+    trial: float = 0.0
+    """The share of the steps that trial runs take; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Grid:
                             strength=strength,
                             held_out=part.held_out,
                             returned_at=part.returned_at,
+                            trial=part.trial,
                         )
                         for regularizer, rule, strength in itertools.product(
                             part.regularizers, part.rules, part.strengths

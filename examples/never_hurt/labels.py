@@ -38,6 +38,7 @@ LABELS = {
     "held_out_project": "held out, projection",
     "held_out_current": "held out, gate, current bound",
     "held_out_unbounded": "held out, gate, no bound",
+    "trial_runs": "trial runs, bound by the running maximum",
     "running_bound": "bound by the running maximum alone",
     "l2_sp": "L2-SP",
     "distillation": "distillation",

@@ -60,6 +60,10 @@ def held_out(**choices: Any) -> Callable[[Setting], Optimizer]:
     return preset(**choices)
 
 
+running_bound = preset(scope="global", on_conflict="keep", bound_by="running_max")
+"""The weighted sum of the momenta with a bound that does not fade with the loss."""
+
+
 def placebo(at: Setting) -> Optimizer:
     """A control: the preset, with noise of the same length for the regularizer gradient."""
     return optax.chain(dtnh_jax.transform_pair(reg=noise(), mask=at.mask), preset()(at))
@@ -128,5 +132,7 @@ RULES: Mapping[str, Callable[[Setting], Optimizer]] = {
     "held_out_current": held_out(scope="global", bound_by="current"),
     "held_out_unbounded": held_out(scope="global", max_ratio=None, bound_by="current"),
     # A control: its bound alone.
-    "running_bound": preset(scope="global", on_conflict="keep", bound_by="running_max"),
+    "running_bound": running_bound,
+    # The same, if it does better in a trial run than no regularizer.
+    "trial_runs": running_bound,
 }

@@ -99,7 +99,7 @@ def _shapes(cell: Cell) -> tuple[str, ...]:
     """The settings that decide the program of a cell and the shapes of its arrays."""
     source = cell.source if train.has_head(cell.regularizer) else ""
     data = cell.target, cell.images_per_class, cell.image_size, cell.batch_size
-    held_out = cell.held_out, cell.held_out_every, cell.returned_at
+    held_out = cell.held_out, cell.held_out_every, cell.returned_at, cell.trial
     return tuple(
         map(
             str,

@@ -36,7 +36,7 @@ class Program(NamedTuple):
     steps: int
     source: ResNetConfig
     model: ResNetConfig
-    held_out: tuple[int, int, float]
+    held_out: tuple[int, int, float, float]
 
 
 class Task(NamedTuple):
@@ -107,23 +107,69 @@ def run(prepared: Sequence[Prepared]) -> list[Result]:
     if len(programs) != 1:
         raise ValueError("Cells that run at once must share regularizer, rule, shapes and steps.")
     [program] = programs
-    task, state, schedule = _stack([_start(program, each) for each in prepared])
+    trial_losses = [_trial_losses(program, each) for each in prepared]
+    starts = []
+    for each, losses in zip(prepared, trial_losses, strict=True):
+        schedule = batches.schedule(each.cell, each.splits.train.labels)
+        helps = losses is None or losses[1] < losses[0]
+        starts.append(_start(program, each, schedule, each.cell.strength if helps else 0.0))
+    due = [prepared[0].cell.is_due(i) for i in range(program.steps)]
+    networks, histories, seconds = _fit(program, starts, due)
+    return [
+        _result(program, each, network, history, losses, seconds)
+        for each, network, history, losses in zip(
+            prepared, networks, histories, trial_losses, strict=True
+        )
+    ]
+
+
+def _trial_losses(program: Program, prepared: Prepared) -> list[float] | None:
+    """The loss on held-out images after the trial run without the regularizer and with it."""
+    cell, _, splits = prepared
+    if not cell.trial:
+        return None
+    schedule, views = batches.trial_schedule(cell, splits.train.labels)
+    steps = len(schedule.train.which)
+    short = program._replace(steps=steps)
+    # One after the other: on a CPU, jax.vmap makes convolutions slow.
+    networks = [
+        _fit(short, [_start(short, prepared, schedule, strength)], [False] * steps)[0][0]
+        for strength in (0.0, cell.strength)
+    ]
+    images, labels = splits.train.images, splits.train.labels[views.which]
+    return [float(_loss_of_views(program.model, net, images, labels, views)) for net in networks]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss_of_views(
+    model: ResNetConfig, network: Network, images: jax.Array, labels: jax.Array, views: Plan
+) -> jax.Array:
+    """The mean loss of views of images, in evaluation mode."""
+    output = resnet.apply(model, network, batches.views(images, views), train=False)
+    return objective.cross_entropy(output.logits, labels)
+
+
+def _fit(
+    program: Program, starts: Sequence[tuple[Task, State, Schedule]], due: Sequence[bool]
+) -> tuple[list[Network], list[Measured], float]:
+    """Trains; returns the networks, what was measured in each step, and the seconds of each."""
+    task, state, schedule = _stack(starts)
     measured = []
     started = 0.0
-    for i in range(program.steps):
+    for i, is_due in enumerate(due):
         now = jax.tree.map(lambda x, i=i: x[:, i], schedule)
-        state, of_step = _step_of_lanes(program, prepared[0].cell.is_due(i), state, task, now)
+        state, of_step = _step_of_lanes(program, is_due, state, task, now)
         measured.append(of_step)
         if i == 0:  # a step that compiles
             jax.block_until_ready(state)
             started = time.perf_counter()
     history = jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves], 1), *measured)
-    seconds = (time.perf_counter() - started) / len(prepared)
-    results = []
-    for lane, each in enumerate(prepared):
-        network, of_steps = jax.tree.map(lambda x, lane=lane: x[lane], (state.network, history))
-        results.append(_result(program, each, network, of_steps, seconds))
-    return results
+    seconds = (time.perf_counter() - started) / len(starts)
+    networks, histories = (
+        [jax.tree.map(lambda x, lane=lane: x[lane], stacked) for lane in range(len(starts))]
+        for stacked in (state.network, history)
+    )
+    return networks, histories, seconds
 
 
 def program_of(prepared: Prepared) -> Program:
@@ -137,13 +183,15 @@ def program_of(prepared: Prepared) -> Program:
         cell.steps,
         replace(source.config, n_classes=n_classes),
         ResNetConfig(cell.architecture, splits.n_classes),
-        (cell.held_out, cell.held_out_every, cell.returned_at),
+        (cell.held_out, cell.held_out_every, cell.returned_at, cell.trial),
     )
 
 
-def _start(program: Program, prepared: Prepared) -> tuple[Task, State, Schedule]:
+def _start(
+    program: Program, prepared: Prepared, schedule: Schedule, strength: float
+) -> tuple[Task, State, Schedule]:
     cell, source, splits = prepared
-    weight = cell.strength * REGULARIZERS[cell.regularizer].weight
+    weight = strength * REGULARIZERS[cell.regularizer].weight
     network = source.network
     if not has_head(cell.regularizer):
         network = _with_head(network, program.source)
@@ -157,7 +205,6 @@ def _start(program: Program, prepared: Prepared) -> tuple[Task, State, Schedule]
     head = resnet.init_head(program.model, cell.seed)
     network = source.network._replace(params=source.network.params | {"head": head})
     optimizer = make_optimizer(program, task)
-    schedule = batches.schedule(cell, splits.train.labels)
     return task, State(network, optimizer.init(network.params)), schedule
 
 
@@ -271,6 +318,7 @@ def _result(
     prepared: Prepared,
     network: Network,
     history: Measured,
+    trial_losses: list[float] | None,
     seconds: float,
 ) -> Result:
     cell, _, splits = prepared
@@ -292,6 +340,7 @@ def _result(
         train_loss=_finite(float(np.mean(history.loss[-last:])), 4),
         conflict=conflict,
         removed=removed,
+        trial_losses=trial_losses and [round(loss, 4) for loss in trial_losses],
         seconds=round(seconds, 3),
         version=version(),
     )
