@@ -215,6 +215,28 @@ REFERENCES = (
     *("held_out_current", "held_out_unbounded", "held_out_project"),
 )
 TENFOLD = (1.0, 10.0, 100.0, 1000.0)
+TRIAL = 1 / 3
+"""The share of the steps that a trial run takes."""
+
+
+def with_trial_runs(part: Part, held_out: int) -> Part:
+    """The same settings, each with trial runs that decide whether it has its regularizer."""
+    return replace(part, rules=("trial_runs",), held_out=held_out, trial=TRIAL)
+
+
+GAINS = (
+    Part(("cifar10",), ("cifar10",), CONTAINED, SUMS, TENFOLD, range(5)),
+    Part(
+        *(("cifar10",), ("cifar10",), ("distillation", "attention_transfer", "delta")),
+        *((SUMS[0], *SUMS[2:]), (0.1, 1.0, 10.0), range(3)),
+    ),
+)
+GAINS_25 = Part(("cifar10",), ("cifar10",), CONTAINED, SUMS, TENFOLD[1:], range(3))
+GAINS_PUBLIC = Part(
+    *(("cifar10_resnet20.safetensors",), ("cifar10",), CONTAINED[:1]),
+    *(SUMS, (10.0, 100.0), range(2)),
+)
+HARM = Part(SOURCES, TARGETS, TRANSFER, (), (1.0, 100.0, 1000.0), range(3))
 
 GRIDS: Mapping[str, Grid] = {
     # The main question.
@@ -267,7 +289,8 @@ GRIDS: Mapping[str, Grid] = {
     # each setting. Rules with a held-out reference train on one image per class less.
     "gains": Grid(
         [
-            Part(("cifar10",), ("cifar10",), CONTAINED, SUMS, TENFOLD, range(3)),
+            *GAINS,
+            *(with_trial_runs(part, held_out=1) for part in GAINS),
             Part(("cifar10",), ("cifar10",), CONTAINED, HELD_OUT, TENFOLD, range(3), held_out=1),
             Part(
                 *(("cifar10",), ("cifar10",), CONTAINED[:1], ("held_out_returned",)),
@@ -281,6 +304,23 @@ GRIDS: Mapping[str, Grid] = {
         steps=300,
         images_per_class={"cifar10": 5},
     ),
+    # The same with more images.
+    "gains_25": Grid(
+        [GAINS_25, with_trial_runs(GAINS_25, held_out=5)],
+        learning_rates=(0.01, 0.03),
+        tuned="each",
+        steps=300,
+        images_per_class={"cifar10": 25},
+    ),
+    # The same with a public network of 32 px.
+    "gains_public": Grid(
+        [GAINS_PUBLIC, with_trial_runs(GAINS_PUBLIC, held_out=1)],
+        learning_rates=(0.01, 0.03),
+        tuned="each",
+        architecture="cifar_resnet20",
+        image_size=32,
+        images_per_class={"cifar10": 5},
+    ),
     # Harm to avoid: sources that do not suit the target, up to a thousand times the usual weight.
     "harm": Grid(
         [
@@ -292,10 +332,13 @@ GRIDS: Mapping[str, Grid] = {
             for part in (
                 Part((), (), TRANSFER, (SUMS[0], *SUMS[2:]), (1.0, 100.0, 1000.0), range(3)),
                 Part((), (), TRANSFER, HELD_OUT, (1.0, 100.0, 1000.0), range(3), held_out=3),
+                with_trial_runs(HARM, held_out=3),
             )
         ],
         learning_rates=(0.01, 0.03, 0.1),
     ),
+    # All tasks of the main question, with trial runs.
+    "harm_wide": Grid([with_trial_runs(HARM, held_out=3)], learning_rates=(0.01, 0.03, 0.1)),
     # What the parts of the held-out preset do, on validation images alone.
     "references": Grid(
         [
