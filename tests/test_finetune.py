@@ -2,6 +2,7 @@
 """The fine-tuning example, whole runs: what comes out, and what survives a kill."""
 
 import dataclasses
+import itertools
 import json
 import os
 import resource
@@ -14,6 +15,7 @@ import sys
 import jax
 import needs
 import numpy as np
+import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -27,6 +29,7 @@ from examples.common import data, pretrained, resnet
 from examples.common.standardisation import IMAGENET
 from examples.finetune import train
 from examples.finetune.__main__ import main, parse
+from examples.finetune.batches import load
 from examples.finetune.checkpoint import CheckpointError, Checkpoints, Progress
 from examples.finetune.divergence import DivergedError
 from examples.finetune.logs import read
@@ -78,7 +81,7 @@ def finished(directory, tmp_path_factory):
 def last_checkpoint(directory, out, *more):
     """How far a run has come, and all arrays of its state."""
     config = parse(tiny_finetune.arguments(directory, out, *more))
-    program = train.make_program(train.setup(config, data.load(config.data)))
+    program = train.make_program(train.setup(config, load(config)))
     with Checkpoints(out / "checkpoints", config) as checkpoints:
         progress, state = checkpoints.restore_last(program.like)
     return progress, jax.device_get(state)
@@ -181,25 +184,48 @@ def test_a_killed_run_goes_on_bit_for_bit(directory, finished, tmp_path, where):
     ]
 
 
-def test_a_run_that_is_told_to_stop_saves_and_goes_on(directory, finished, tmp_path, monkeypatch):
+def stopped(directory, out, monkeypatch, *more, before):
+    """The exit code of a run that is sent SIGTERM before a micro-batch."""
     make_program = train.make_program
 
     def with_signal(task):
-        program, calls = make_program(task), iter([False, False, True, False, False, False])
+        program, calls = make_program(task), itertools.count(1)
 
         def train_step(*arguments):
-            if next(calls):
+            if next(calls) == before:
                 os.kill(os.getpid(), signal.SIGTERM)
             return program.train(*arguments)
 
         return program._replace(train=train_step)
 
-    monkeypatch.setattr(train, "make_program", with_signal)
-    assert main(tiny_finetune.arguments(directory, tmp_path)) == 143
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_program", with_signal)
+        return main(tiny_finetune.arguments(directory, out, *more))
+
+
+def test_a_run_that_is_told_to_stop_saves_and_goes_on(directory, finished, tmp_path, monkeypatch):
+    assert stopped(directory, tmp_path, monkeypatch, before=3) == 143
     assert last_checkpoint(directory, tmp_path)[0].step == 3
     run(directory, tmp_path, "--resume")
     assert_same(last_checkpoint(directory, tmp_path), last_checkpoint(directory, finished[0]))
+
+
+def test_held_out_images_go_on_where_they_were(directory, tmp_path, monkeypatch, capsys):
+    more = ("--held-out", "0.2", "--held-out-every", "2", "--accumulate", "2", "--mesh", "4x2")
+    more += ("--batch-size", "16", "--dtype", "bfloat16", "--freeze", "conv1")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(directory, whole, *more)
+    printed = capsys.readouterr().out
+    assert printed.startswith("6 of 30 training images are held out."), printed
+    assert stopped(directory, parts, monkeypatch, *more, before=6) == 143
+    progress, _ = last_checkpoint(directory, parts, *more)
+    assert (progress.step, progress.data) == (3, {"next_row": 48, "held_out": {"next_row": 32}})
+    run(directory, parts, *more, "--resume")
+    assert_same(*(last_checkpoint(directory, out, *more) for out in (parts, whole)))
+    progress, state = last_checkpoint(directory, whole, *more)
+    assert progress.data["held_out"] == {"next_row": 48}, "in steps 1, 3 and 5"
+    assert int(optax.tree.get(state.opt_state, "age")) == 1
+    assert read(whole)[0].groups.keys() == {"global"}
 
 
 def two_processes(directory, out, *more):
@@ -311,7 +337,7 @@ def test_a_full_disk_is_an_error_that_keeps_the_last_checkpoint(directory, finis
     out = copied(finished, tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     config = parse(tiny_finetune.arguments(directory, out))
-    program = train.make_program(train.setup(config, data.load(config.data)))
+    program = train.make_program(train.setup(config, load(config)))
     with Checkpoints(out / "checkpoints", config) as checkpoints:
         progress = Progress(7, {}, (2, 0.5), 1.0)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**10, limits[1]))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import dtnh_jax
 from examples.common.data import DataConfig
 from examples.common.objective import REGULARIZERS
 
@@ -42,6 +43,14 @@ RuleName = Literal[
     "cagrad",
     "config",
 ]
+
+# What --held-out makes of bounded_dtnh: arguments of dtnh_jax.dtnh_sgd and dtnh_adamw.
+HELD_OUT: dict[str, Any] = {
+    "on_conflict": "gate",
+    "scope": "global",
+    "bound_by": "running_max",
+    "reference": dtnh_jax.held_out(0.9),
+}
 
 
 @dataclass(frozen=True)
@@ -81,8 +90,9 @@ class TransferConfig:
     dtnh is the paper's."""
     reg_weight: float | None = None
     """The weight λ of the regularizer. If not set, that of the regularizer's authors."""
-    scope: Literal["global", "layer", "leaf", "element"] = "layer"
-    """The groups of parameters that the rule is applied to separately."""
+    scope: Literal["global", "layer", "leaf", "element"] | None = None
+    """The groups of parameters that the rule is applied to separately.
+    If not set, layer; in bounded_dtnh with held_out, global."""
     on_conflict: Literal["project", "orthogonal", "gate", "cosine", "keep"] = "project"
     """dtnh, decoupled: what the rule does with a conflicting regularizer gradient."""
     max_ratio: float | None = None
@@ -91,6 +101,12 @@ class TransferConfig:
     reference_decay: float = 0.0
     """dtnh, decoupled: compare with an exponential average of the loss gradient, with this decay.
     0: compare with the gradient of the batch, as in the paper."""
+    held_out: float = 0.0
+    """bounded_dtnh, dtnh, decoupled: a share of the training images of each class, at least one
+    image, which are not trained on. The regularizer's gradient is compared with an average gradient
+    of the loss of these images. 0: none."""
+    held_out_every: int = 1
+    """Steps from one gradient of held-out images to the next."""
     features: tuple[str, ...] = ()
     """Feature maps that the feature regularizers compare, by path.
     If not set, the output of each stage; for delta_attention, its last convolution."""
@@ -107,6 +123,12 @@ class TransferConfig:
     def weight(self) -> float:
         """The weight λ."""
         return REGULARIZERS[self.regularizer].weight if self.reg_weight is None else self.reg_weight
+
+    @property
+    def groups(self) -> Literal["global", "layer", "leaf", "element"]:
+        """The scope of the rule."""
+        default = HELD_OUT["scope"] if self.held_out and self.rule == "bounded_dtnh" else "layer"
+        return self.scope or default
 
 
 @dataclass(frozen=True)
@@ -278,17 +300,47 @@ def _check_transfer(transfer: TransferConfig) -> None:
         _check(transfer, name, lambda value: value >= 0, "not be negative")
     for name in ("temperature", "epsilon", "estimation_images"):
         _check(transfer, name, lambda value: value > 0, "be positive")
-    _check(transfer, "reference_decay", lambda value: 0 <= value < 1, "be at least 0 and below 1")
+    for name in ("reference_decay", "held_out"):
+        _check(transfer, name, lambda value: 0 <= value < 1, "be at least 0 and below 1")
+    _check(transfer, "held_out_every", lambda value: value >= 1, "be at least 1")
     for name, rules in (
         ("on_conflict", ("dtnh", "decoupled")),
         ("reference_decay", ("dtnh", "decoupled")),
         ("max_ratio", ("dtnh", "bounded_dtnh")),
+        ("held_out", ("bounded_dtnh", "dtnh", "decoupled")),
     ):
         is_set = getattr(transfer, name) != getattr(TransferConfig, name)
         if is_set and transfer.rule not in rules:
             raise ValueError(
-                f"{name} is an option of the rules {' and '.join(rules)}, not of {transfer.rule}."
+                f"{name} is an option of the rules {' and '.join(rules)}, not of {transfer.rule}. "
+                "Omit it, or choose one of these with --rule."
             )
+    _check_held_out(transfer)
+
+
+def _check_held_out(transfer: TransferConfig) -> None:
+    if not transfer.held_out:
+        if transfer.held_out_every != 1:
+            raise ValueError(
+                "held_out_every is for held-out images, and there are none. Give their share too, "
+                "such as --held-out 0.1, or omit it."
+            )
+        return
+    if transfer.regularizer == "none":
+        raise ValueError(
+            "held_out is for comparing the regularizer with images that are not trained on, and "
+            "the regularizer is none. Omit it, or choose a regularizer."
+        )
+    if transfer.reference_decay:
+        raise ValueError(
+            "reference_decay averages the gradient of training images, and held_out compares with "
+            "that of other images. Give only one of them."
+        )
+    if transfer.rule == "bounded_dtnh" and transfer.scope == "element":
+        raise ValueError(
+            "With held_out, bounded_dtnh keeps a bound for each group, so that groups of one "
+            "number are not possible. Choose another --scope than element."
+        )
 
 
 def _check_devices(devices: DeviceConfig) -> None:

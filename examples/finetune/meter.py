@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import dtnh_jax
-from examples.common.data import DeviceBatches
+from examples.finetune.batches import TrainingBatches
 from examples.finetune.config import TrainingConfig
 from examples.finetune.logs import Record, of_conflict
 from examples.finetune.optimizer import learning_rate
@@ -58,7 +58,7 @@ class Meter:
         seconds: The duration of the run before it was resumed.
     """
 
-    def __init__(self, training: TrainingConfig, batches: DeviceBatches, seconds: float) -> None:
+    def __init__(self, training: TrainingConfig, batches: TrainingBatches, seconds: float) -> None:
         self._accumulate, self._batch_size = training.accumulate, training.batch_size
         self._learning_rate = learning_rate(training)
         self._batches = batches

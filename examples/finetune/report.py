@@ -99,7 +99,7 @@ def setting_rows(outcome: Outcome) -> list[list[str]]:
         rows.append(["regularizer", "none"])
     else:
         rows.append(["regularizer", f"{transfer.regularizer}, λ = {transfer.weight:g}"])
-        rows.append(["rule", f"{transfer.rule}, scope {transfer.scope}"])
+        rows.append(["rule", f"{transfer.rule}, scope {transfer.groups}"])
     time = timedelta(seconds=round(outcome.throughput.seconds))
     return [
         *rows,

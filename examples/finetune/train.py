@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 
 import dtnh_jax
 from examples.common import data, objective, pretrained, resnet
-from examples.common.data import Batch, Dataset, DeviceBatches
+from examples.common.data import Batch, Dataset
 from examples.common.objective import REGULARIZERS, RegularizerInputs
 from examples.common.resnet import Network, Output, ResNetConfig
 from examples.common.standardisation import channel_statistics, standardise
 from examples.finetune import devices, logs, metrics
+from examples.finetune.batches import TrainingBatches, load
 from examples.finetune.checkpoint import Checkpoints, Progress
 from examples.finetune.config import Config
 from examples.finetune.display import Display
@@ -52,7 +53,7 @@ def run(config: Config) -> Outcome:
         StoppedError: After SIGTERM; the state has been saved.
     """
     devices.start_processes(config.devices)
-    dataset = data.load(config.data)
+    dataset = load(config)
     task = setup(config, dataset)
     program = make_program(task)
     with Checkpoints(config.output.out / "checkpoints", config) as checkpoints:
@@ -149,16 +150,24 @@ def initial_state(task: Task, optimizer: Optimizer) -> TrainState:
 
 
 # --8<-- [start:objective]
+def loss_of(
+    task: Task, network: Network, images: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, Output]:
+    """The loss of standardised images, and the output of the network in training mode."""
+    output = resnet.apply(task.model, network, images, train=True)
+    smoothing = task.config.training.label_smoothing
+    return objective.cross_entropy(output.logits, labels, smoothing), output
+
+
 def gradients(task: Task, network: Network, source: Source, batch: Batch, key: jax.Array) -> Any:
     """Returns ``((loss, reg), output), pair`` of a micro-batch."""
-    training, transfer = task.config.training, task.config.transfer
+    transfer = task.config.transfer
     images = standardise(batch.images, task.mean, task.std)
     source_output = resnet.apply(task.source_model, source.network, images, train=False)
 
     def loss_and_reg(params: Params) -> Any:
         current = network._replace(params=complete(params, network.params))
-        output = resnet.apply(task.model, current, images, train=True)
-        loss = objective.cross_entropy(output.logits, batch.labels, training.label_smoothing)
+        loss, output = loss_of(task, current, images, batch.labels)
         reg = REGULARIZERS[transfer.regularizer](
             RegularizerInputs(
                 params=params,
@@ -184,16 +193,45 @@ def gradients(task: Task, network: Network, source: Source, batch: Batch, key: j
 # --8<-- [end:objective]
 
 
+# --8<-- [start:held_out]
+def held_out_gradient(task: Task, network: Network, batch: Batch, so_far: Params | None) -> Params:
+    """Adds the loss gradient of a micro-batch of held-out images to those of the step.
+
+    Batch norm's averages of these images are not kept.
+    """
+    images = standardise(batch.images, task.mean, task.std)
+
+    def loss(params: Params) -> jax.Array:
+        current = network._replace(params=complete(params, network.params))
+        return loss_of(task, current, images, batch.labels)[0] / task.config.training.accumulate
+
+    grads = jax.grad(loss)(trained(network.params, task.config.model.freeze))
+    return grads if so_far is None else jax.tree.map(jnp.add, so_far, grads)
+
+
+# --8<-- [end:held_out]
+
+
 # --8<-- [start:step]
 def train_step(
-    task: Task, optimizer: Optimizer, state: TrainState, source: Source, batch: Batch
+    task: Task,
+    optimizer: Optimizer,
+    state: TrainState,
+    source: Source,
+    batch: Batch,
+    held_out_grads: Params | None = None,
 ) -> tuple[TrainState, Measured]:
     """Processes one micro-batch. Of ``task``, it uses no array of a network."""
     training, network = task.config.training, state.network
     key = jax.random.fold_in(jax.random.key(training.seed), state.seen)
     ((loss, reg), output), pair = gradients(task, network, source, batch, key)
     params = trained(network.params, task.config.model.freeze)
-    updates, opt_state = optimizer.update(pair, state.opt_state, params)
+    extra_args = {}
+    if task.config.transfer.held_out:
+        is_new = held_out_grads is not None
+        held_out_grads = held_out_grads if is_new else jax.tree.map(jnp.zeros_like, params)
+        extra_args["held_out_grads"] = dtnh_jax.HeldOutGrads(held_out_grads, is_new)
+    updates, opt_state = optimizer.update(pair, state.opt_state, params, **extra_args)
     params = complete(optax.apply_updates(params, updates), network.params)
     network = Network(params, output.batch_stats)
 
@@ -239,14 +277,17 @@ class Program(NamedTuple):
     Attributes:
         init: Returns the state before the first step, on the devices.
         like: The shapes, dtypes and shardings of the state.
-        train: From state, source and batch to the next state and :class:`Measured`. It donates
-            the buffers of the state.
+        train: From state, source, batch and held-out gradient to the next state and
+            :class:`Measured`. It donates the buffers of the state. With and without a held-out
+            gradient, these are two programs: in a branch of one, convolutions are slow on a CPU.
+        held_out: From network, held-out batch and the sum so far, or ``None``, to the next sum.
         evaluate: From network and batch to predictions.
     """
 
     init: Callable[[], TrainState]
     like: TrainState
-    train: Callable[[TrainState, Source, Batch], tuple[TrainState, Measured]]
+    train: Callable[..., tuple[TrainState, Measured]]
+    held_out: Callable[[Network, Batch, Params | None], Params]
     evaluate: Callable[[Network, Batch], Predictions]
 
 
@@ -257,11 +298,13 @@ def make_program(task: Task) -> Program:
     optimizer = make_optimizer(config.transfer, config.training, mask=regularized(task))
     init = functools.partial(initial_state, task, optimizer)
     shardings = devices.state_sharding(jax.eval_shape(init), task.mesh)
+    of_params = trained(shardings.network.params, config.model.freeze)
     train = functools.partial(train_step, task, optimizer)
     return Program(
         init=lambda: devices.place(init(), shardings),
         like=devices.abstract(jax.eval_shape(init), shardings),
         train=jax.jit(train, donate_argnums=0, out_shardings=(shardings, replicated)),
+        held_out=jax.jit(functools.partial(held_out_gradient, task), out_shardings=of_params),
         evaluate=jax.jit(functools.partial(evaluation_step, task), out_shardings=replicated),
     )
 
@@ -291,7 +334,8 @@ def train(
         The step that was best on validation images, and the speed.
     """
     training, output = task.config.training, task.config.output
-    batches = training_batches(task, dataset)
+    held_out_every = task.config.transfer.held_out_every
+    batches = TrainingBatches(task.config, dataset, task.mesh)
     restored = checkpoints.restore_last(program.like, resume=output.resume)
     if restored is None:
         step, best, seconds, state = 0, None, 0.0, program.init()
@@ -311,9 +355,21 @@ def train(
             written.write(record)
             display.show(record)
 
+        if dataset.held_out is not None:
+            n = len(dataset.held_out)
+            display.message(
+                f"{n} of {n + len(dataset.train)} training images are held out. The regularizer is "
+                "compared with their gradient."
+            )
         while step < training.steps:
+            held_out_grads = None  # in the steps that have none
+            if batches.held_out is not None and step % held_out_every == 0:
+                for _ in range(training.accumulate):
+                    batch = next(batches.held_out)
+                    held_out_grads = program.held_out(state.network, batch, held_out_grads)
             for _ in range(training.accumulate):
-                state, measured = program.train(state, task.source, next(batches))
+                batch = next(batches.train)
+                state, measured = program.train(state, task.source, batch, held_out_grads)
                 meter.add(measured)
             step += 1
             display.advance()
@@ -328,9 +384,9 @@ def train(
                 log(meter.read(step))
             with meter.paused():
                 if evaluate_now:
-                    held_out = evaluate(task, program, state.evaluated, dataset.validation)
-                    log(logs.of_metrics(step, "validation", held_out))
-                    score = metrics.score(held_out, training.choose_by)
+                    validation = evaluate(task, program, state.evaluated, dataset.validation)
+                    log(logs.of_metrics(step, "validation", validation))
+                    score = metrics.score(validation, training.choose_by)
                     if best is None or score > best[1]:
                         best, save_now = (step, score), True
                 if save_now:
@@ -346,19 +402,6 @@ def train(
 
 
 # --8<-- [end:loop]
-
-
-def training_batches(task: Task, dataset: Dataset) -> DeviceBatches:
-    """Endless training batches on the devices."""
-    config, training = task.config, task.config.training
-    batches = data.train_batches(
-        dataset.train,
-        config.data,
-        batch_size=training.batch_size // training.accumulate,
-        seed=training.seed,
-        **devices.process(),
-    )
-    return data.to_device(batches, devices.batch_sharding(task.mesh), config.devices.prefetch)
 
 
 def evaluate(task: Task, program: Program, network: Network, images: data.Source) -> Metrics:
