@@ -207,6 +207,8 @@ class OutputConfig:
     """The directory of checkpoints, logs, tables, figures and the fine-tuned weights."""
     resume: bool = False
     """Continue from the last checkpoint in the directory, or start if there is none."""
+    overwrite: bool = False
+    """Delete the results, logs and checkpoints of an earlier run in the directory."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; evaluate_every if not set."""
     keep_last: int = 1
@@ -242,6 +244,8 @@ class Config:
         _check_devices(self.devices)
         for name in ("keep_last", "log_every", "checkpoint_every"):
             _check(self.output, name, lambda value: value >= 1, "be at least 1")
+        if self.output.resume and self.output.overwrite:
+            raise ValueError("Give --resume to continue a run, or --overwrite to delete it.")
 
     @property
     def checkpoint_every(self) -> int:

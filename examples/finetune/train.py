@@ -21,19 +21,20 @@ from examples.common.data import Batch, Dataset
 from examples.common.objective import REGULARIZERS, RegularizerInputs
 from examples.common.resnet import Network, Output, ResNetConfig
 from examples.common.standardisation import channel_statistics, standardise
-from examples.finetune import devices, logs, metrics
+from examples.finetune import devices, directory, logs, metrics
 from examples.finetune.batches import TrainingBatches, load
 from examples.finetune.checkpoint import Checkpoints, Progress
 from examples.finetune.config import Config
 from examples.finetune.display import Display
 from examples.finetune.divergence import check_finite
+from examples.finetune.fingerprint import fingerprint
 from examples.finetune.freeze import complete, trained
 from examples.finetune.logs import Logs, Record
 from examples.finetune.meter import Measured, Meter, Throughput
 from examples.finetune.metrics import Metrics, Predictions
 from examples.finetune.optimizer import Optimizer, Params, make_optimizer
 from examples.finetune.preemption import StoppedError, stop_signal
-from examples.finetune.report import Outcome
+from examples.finetune.report import Outcome, report
 from examples.finetune.source import Source, estimate, load_source, with_features
 
 
@@ -44,35 +45,44 @@ def run(config: Config) -> Outcome:
         config: The settings.
 
     Returns:
-        The results. The chosen network is in ``model.safetensors`` in the output directory.
+        The results, which are also printed. The output directory has them and the chosen network,
+        ``model.safetensors``.
 
     Raises:
         ValueError: If the settings, the data and the weights do not fit together.
+        DirectoryError: If another run uses the output directory, or an earlier one did.
         CheckpointError: If a checkpoint cannot be written, or is of another run.
         DivergedError: If the loss is not finite.
-        StoppedError: After SIGTERM; the state has been saved.
+        StoppedError: After a signal; the state has been saved.
     """
     devices.start_processes(config.devices)
-    dataset = load(config)
-    task = setup(config, dataset)
-    program = make_program(task)
-    with Checkpoints(config.output.out / "checkpoints", config) as checkpoints:
-        best_step, throughput = train(task, program, dataset, checkpoints)
-        network = checkpoints.restore(best_step, program.like).evaluated
-    validation = evaluate(task, program, network, dataset.validation)
-    test = evaluate(task, program, network, dataset.test)
-    export(task, dataset, network)
-    return Outcome(
-        config=config,
-        architecture=task.model.architecture,
-        throughput=throughput,
-        best_step=best_step,
-        validation=validation,
-        test=test,
-        class_names=dataset.class_names,
-        records=logs.read(config.output.out),
-        layer_order=resnet.layer_names(task.model),
-    )
+    out, is_first = config.output.out, jax.process_index() == 0
+    with directory.claim(config):
+        dataset = load(config)
+        task = setup(config, dataset)
+        program = make_program(task)
+        if config.output.overwrite and is_first:
+            directory.clear(out)
+        with Checkpoints(out / "checkpoints", config, task.made_from) as checkpoints:
+            best_step, throughput = train(task, program, dataset, checkpoints)
+            best_step, state = checkpoints.restore_best(best_step, program.like)
+        validation = evaluate(task, program, state.evaluated, dataset.validation)
+        test = evaluate(task, program, state.evaluated, dataset.test)
+        export(task, dataset, state.evaluated)
+        outcome = Outcome(
+            config=config,
+            architecture=task.model.architecture,
+            throughput=throughput,
+            best_step=best_step,
+            validation=validation,
+            test=test,
+            class_names=dataset.class_names,
+            records=logs.read(out),
+            layer_order=resnet.layer_names(task.model),
+        )
+        if is_first:
+            report(outcome, out)
+    return outcome
 
 
 class Task(NamedTuple):
@@ -87,6 +97,7 @@ class Task(NamedTuple):
         source: Its arrays and what was estimated from them, on every device.
         mean: Mean of the channels, from 0 to 1, ``(1, 1, 1, 3)``.
         std: Standard deviation of the channels.
+        made_from: The fingerprint of the images and of the pre-trained weights.
     """
 
     config: Config
@@ -97,6 +108,7 @@ class Task(NamedTuple):
     source: Source
     mean: np.ndarray
     std: np.ndarray
+    made_from: dict[str, Any]
 
 
 def setup(config: Config, dataset: Dataset) -> Task:
@@ -112,7 +124,8 @@ def setup(config: Config, dataset: Dataset) -> Task:
     config = dataclasses.replace(config, transfer=with_features(config.transfer, model))
     estimates = estimate(loaded, config, dataset, mean, std)
     kept = devices.replicate(Source(loaded.network, estimates), mesh)
-    return Task(config, mesh, model, initial, loaded.config, kept, mean, std)
+    made_from = fingerprint(dataset, None if config.model.init is None else loaded.network)
+    return Task(config, mesh, model, initial, loaded.config, kept, mean, std, made_from)
 
 
 class TrainState(NamedTuple):
@@ -336,13 +349,13 @@ def train(
     training, output = task.config.training, task.config.output
     held_out_every = task.config.transfer.held_out_every
     batches = TrainingBatches(task.config, dataset, task.mesh)
-    restored = checkpoints.restore_last(program.like, resume=output.resume)
+    restored = checkpoints.restore_last(program.like)
     if restored is None:
-        step, best, seconds, state = 0, None, 0.0, program.init()
+        step, best, meter_state, state = 0, None, None, program.init()
     else:
-        (step, place, best, seconds), state = restored
+        (step, place, best, meter_state), state = restored
         batches.set_state(place)
-    meter = Meter(training, batches, seconds)
+    meter = Meter(training, batches, meter_state)
     first = jax.process_index() == 0
     with (
         batches,
@@ -361,6 +374,9 @@ def train(
                 f"{n} of {n + len(dataset.train)} training images are held out. The regularizer is "
                 "compared with their gradient."
             )
+        if best is None and step >= training.evaluate_every:  # the best checkpoint is lost
+            validation = evaluate(task, program, state.evaluated, dataset.validation)
+            best = (step, metrics.score(validation, training.choose_by))
         while step < training.steps:
             held_out_grads = None  # in the steps that have none
             if batches.held_out is not None and step % held_out_every == 0:
@@ -375,7 +391,7 @@ def train(
             display.advance()
 
             stop, last = must_stop(step), step == training.steps
-            log_now = step % output.log_every == 0 or last or stop
+            log_now = step % output.log_every == 0 or last
             evaluate_now = step % training.evaluate_every == 0 or last
             save_now = step % task.config.checkpoint_every == 0 or last or stop
             if log_now or evaluate_now or save_now:
@@ -391,11 +407,12 @@ def train(
                         best, save_now = (step, score), True
                 if save_now:
                     place = batches.get_state()
-                    checkpoints.save(Progress(step, place, best, meter.seconds), state)
+                    checkpoints.save(Progress(step, place, best, meter.get_state()), state)
             if stop and not last:
                 raise StoppedError(
                     f"Stopped by a signal at step {step} of {training.steps}. The state is saved; "
-                    "continue with --resume."
+                    "continue with --resume.",
+                    stop,
                 )
     assert best is not None
     return best[0], meter.throughput()
