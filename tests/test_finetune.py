@@ -117,6 +117,36 @@ def in_process(directory, out, *more, where="nowhere", n_devices=8):
     )
 
 
+TRIAL = ("--rule", "bounded_sum", "--trial", "0.5")
+
+
+def test_trial_runs_decide_whether_there_is_a_regularizer(directory, tmp_path, monkeypatch):
+    """Without it, the run is that of --regularizer none, bit for bit."""
+    monkeypatch.setattr(train.Trial, "helps", property(lambda trial: False))
+    outcome = run(directory, tmp_path / "tried", *TRIAL)
+    assert outcome.config.transfer.regularizer == "l2_sp"
+    none = ("--regularizer", "none")
+    run(directory, tmp_path / "none", *none)
+    states = [last_checkpoint(directory, tmp_path / out, *none) for out in ("tried", "none")]
+    assert_same(*states)
+
+
+def test_trial_runs_are_judged_on_validation_images(directory, tmp_path, monkeypatch, capsys):
+    outcome = run(directory, tmp_path, *TRIAL)
+    trial = outcome.trial
+    assert trial.steps == 3
+    for folder, loss in (("without", trial.loss_without), ("with", trial.loss_with)):
+        records = read(tmp_path / "trials" / folder)
+        [last] = [each.loss for each in records if each.split == "validation"]
+        assert loss == pytest.approx(last, rel=1e-4)  # rounded in the logs
+    assert trial.loss_with != trial.loss_without
+    assert trial.helps == (trial.loss_with < trial.loss_without)
+    assert f"{trial.loss_with:.3f} with the regularizer" in capsys.readouterr().out
+    # On --resume nothing is trained again.
+    monkeypatch.setattr(train, "train_step", mock.Mock(side_effect=AssertionError))
+    assert run(directory, tmp_path, *TRIAL, "--resume").trial == trial
+
+
 def test_a_run_writes_its_files_and_they_agree(finished):
     out, outcome = finished
     assert {path.name for path in out.iterdir()} == {

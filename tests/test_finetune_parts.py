@@ -97,7 +97,7 @@ def test_the_matrix_is_that_of_the_library():
     helpers |= {"Match", "MatchReport", "fisher_diagonal", "match_pretrained"}
     assert set(REGULARIZERS) == (public - helpers) | {"none", "delta_attention"}
     assert set(objective.REGULARIZERS) == set(REGULARIZERS)
-    ours = {"bounded_dtnh", "dtnh", "decoupled", "weighted_sum"}
+    ours = {"bounded_dtnh", "bounded_sum", "dtnh", "decoupled", "weighted_sum"}
     assert set(RULES) == set(combination.RIVALS) | ours
 
 

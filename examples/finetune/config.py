@@ -29,6 +29,7 @@ RegularizerName = Literal[
 ]
 RuleName = Literal[
     "bounded_dtnh",
+    "bounded_sum",
     "weighted_sum",
     "dtnh",
     "decoupled",
@@ -44,6 +45,12 @@ RuleName = Literal[
     "config",
 ]
 
+# Arguments of dtnh_jax.dtnh_sgd and dtnh_adamw that make bounded_sum.
+BOUNDED_SUM: dict[str, Any] = {
+    "on_conflict": "keep",
+    "scope": "global",
+    "bound_by": "running_max",
+}
 # What --held-out makes of bounded_dtnh: arguments of dtnh_jax.dtnh_sgd and dtnh_adamw.
 HELD_OUT: dict[str, Any] = {
     "on_conflict": "gate",
@@ -86,18 +93,19 @@ class TransferConfig:
     """The regularizer Ω. delta_attention is DELTA with channel weights, delta without."""
     rule: RuleName = "bounded_dtnh"
     """The rule that combines the gradients of loss and regularizer.
-    bounded_dtnh, the recommended one, is dtnh_sgd or dtnh_adamw, depending on the optimizer.
-    dtnh is the paper's."""
+    bounded_dtnh is dtnh_sgd or dtnh_adamw, depending on the optimizer: it drops what conflicts, and
+    hardly changes plain fine-tuning. bounded_sum, recommended with trial, keeps what conflicts; the
+    regularizer's part is at most as long as the longest of the loss so far. dtnh is the paper's."""
     reg_weight: float | None = None
     """The weight λ of the regularizer. If not set, that of the regularizer's authors."""
     scope: Literal["global", "layer", "leaf", "element"] | None = None
     """The groups of parameters that the rule is applied to separately.
-    If not set, layer; in bounded_dtnh with held_out, global."""
+    If not set, layer; in bounded_sum, and in bounded_dtnh with held_out, global."""
     on_conflict: Literal["project", "orthogonal", "gate", "cosine", "keep"] = "project"
     """dtnh, decoupled: what the rule does with a conflicting regularizer gradient."""
     max_ratio: float | None = None
-    """dtnh, bounded_dtnh: the largest norm of the regularizer's part, as a multiple of the loss's.
-    If not set, dtnh has no bound, and bounded_dtnh has 1."""
+    """dtnh, bounded_dtnh, bounded_sum: the largest norm of the regularizer's part, as a multiple of
+    the loss's. If not set, dtnh has no bound, and the others have 1."""
     reference_decay: float = 0.0
     """dtnh, decoupled: compare with an exponential average of the loss gradient, with this decay.
     0: compare with the gradient of the batch, as in the paper."""
@@ -107,6 +115,10 @@ class TransferConfig:
     of the loss of these images. 0: none."""
     held_out_every: int = 1
     """Steps from one gradient of held-out images to the next."""
+    trial: float = 0.0
+    """A share of the steps, such as 0.33. Two trial runs of this length, without the regularizer
+    and with it, are compared by their loss on validation images. The run has the regularizer only
+    if the loss is lower with it. 0: no trial runs."""
     features: tuple[str, ...] = ()
     """Feature maps that the feature regularizers compare, by path.
     If not set, the output of each stage; for delta_attention, its last convolution."""
@@ -127,8 +139,10 @@ class TransferConfig:
     @property
     def groups(self) -> Literal["global", "layer", "leaf", "element"]:
         """The scope of the rule."""
-        default = HELD_OUT["scope"] if self.held_out and self.rule == "bounded_dtnh" else "layer"
-        return self.scope or default
+        if self.scope is not None:
+            return self.scope
+        of_all = self.rule == "bounded_sum" or (self.held_out and self.rule == "bounded_dtnh")
+        return "global" if of_all else "layer"
 
 
 @dataclass(frozen=True)
@@ -307,10 +321,11 @@ def _check_transfer(transfer: TransferConfig) -> None:
     for name in ("reference_decay", "held_out"):
         _check(transfer, name, lambda value: 0 <= value < 1, "be at least 0 and below 1")
     _check(transfer, "held_out_every", lambda value: value >= 1, "be at least 1")
+    _check(transfer, "trial", lambda value: 0 <= value <= 1, "be at least 0 and at most 1")
     for name, rules in (
         ("on_conflict", ("dtnh", "decoupled")),
         ("reference_decay", ("dtnh", "decoupled")),
-        ("max_ratio", ("dtnh", "bounded_dtnh")),
+        ("max_ratio", ("dtnh", "bounded_dtnh", "bounded_sum")),
         ("held_out", ("bounded_dtnh", "dtnh", "decoupled")),
     ):
         is_set = getattr(transfer, name) != getattr(TransferConfig, name)
@@ -319,6 +334,16 @@ def _check_transfer(transfer: TransferConfig) -> None:
                 f"{name} is an option of the rules {' and '.join(rules)}, not of {transfer.rule}. "
                 "Omit it, or choose one of these with --rule."
             )
+    if transfer.trial and transfer.regularizer == "none":
+        raise ValueError(
+            "trial decides whether the run has its regularizer, and the regularizer is none. Omit "
+            "it, or choose a regularizer."
+        )
+    if transfer.rule == "bounded_sum" and transfer.scope == "element":
+        raise ValueError(
+            "bounded_sum keeps a bound for each group, so that groups of one number are not "
+            "possible. Choose another --scope than element."
+        )
     _check_held_out(transfer)
 
 
@@ -330,6 +355,11 @@ def _check_held_out(transfer: TransferConfig) -> None:
                 "such as --held-out 0.1, or omit it."
             )
         return
+    if transfer.trial:
+        raise ValueError(
+            "trial and held_out are two ways to decide what the regularizer may do. Give only one "
+            "of them."
+        )
     if transfer.regularizer == "none":
         raise ValueError(
             "held_out is for comparing the regularizer with images that are not trained on, and "

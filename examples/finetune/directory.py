@@ -9,6 +9,7 @@ import jax
 from filelock import FileLock, Timeout
 
 from examples.finetune.config import Config
+from examples.finetune.trials import FOLDER
 
 RESULTS = ("model.safetensors", "summary.md", "summary.json", "curves.png", "confusion.png")
 LOGS = ("metrics.jsonl", "metrics.csv", "tensorboard")
@@ -57,7 +58,7 @@ def claim(config: Config) -> Iterator[None]:
 
 def clear(out: Path) -> None:
     """Deletes the files of an earlier run, and nothing else."""
-    for name in (*RESULTS, *LOGS, "checkpoints"):
+    for name in (*RESULTS, *LOGS, "checkpoints", FOLDER):
         if name == "tensorboard":
             for events in (out / name).glob("events.out.tfevents.*"):
                 events.unlink()

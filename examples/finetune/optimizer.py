@@ -6,7 +6,7 @@ import jax
 import optax
 
 import dtnh_jax
-from examples.finetune.config import HELD_OUT, TrainingConfig, TransferConfig
+from examples.finetune.config import BOUNDED_SUM, HELD_OUT, TrainingConfig, TransferConfig
 
 Params = Any
 Optimizer = optax.GradientTransformationExtraArgs
@@ -47,9 +47,13 @@ def make_optimizer(
 
     if transfer.regularizer == "none":
         tx = optax.chain(dtnh_jax.weighted_sum(0.0, diagnostics=False), step, rate)
-    elif transfer.rule == "bounded_dtnh":  # dtnh_sgd or dtnh_adamw, with clipping
+    elif transfer.rule in ("bounded_dtnh", "bounded_sum"):  # dtnh_sgd or dtnh_adamw, with clipping
         options["max_ratio"] = 1.0 if transfer.max_ratio is None else transfer.max_ratio
-        choices: dict[str, Any] = HELD_OUT if transfer.held_out else {"on_conflict": "gate"}
+        choices: dict[str, Any] = {"on_conflict": "gate"}
+        if transfer.rule == "bounded_sum":
+            choices = BOUNDED_SUM
+        elif transfer.held_out:
+            choices = HELD_OUT
         tx = optax.chain(
             dtnh_jax.transform_pair(loss=step, reg=optax.chain(clip, momentum), mask=mask),
             dtnh_jax.dtnh(transfer.weight, **choices | options),

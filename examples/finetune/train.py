@@ -1,6 +1,6 @@
 """Fine-tunes a network. Read this file from the top, and copy what you need.
 
-The order is: setup, state, objective, step, compilation, loop, evaluation, export.
+The order is: trial runs, setup, state, objective, step, compilation, loop, evaluation, export.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from examples.common.data import Batch, Dataset
 from examples.common.objective import REGULARIZERS, RegularizerInputs
 from examples.common.resnet import Network, Output, ResNetConfig
 from examples.common.standardisation import channel_statistics, standardise
-from examples.finetune import devices, directory, logs, metrics
+from examples.finetune import devices, directory, logs, metrics, trials
 from examples.finetune.batches import TrainingBatches, load
 from examples.finetune.checkpoint import Checkpoints, Progress
 from examples.finetune.config import Config
@@ -36,6 +36,7 @@ from examples.finetune.optimizer import Optimizer, Params, make_optimizer
 from examples.finetune.preemption import StoppedError, stop_signal
 from examples.finetune.report import Outcome, report
 from examples.finetune.source import Source, estimate, load_source, with_features
+from examples.finetune.trials import Trial
 
 
 def run(config: Config) -> Outcome:
@@ -56,16 +57,14 @@ def run(config: Config) -> Outcome:
         StoppedError: After a signal; the state has been saved.
     """
     devices.start_processes(config.devices)
-    out, is_first = config.output.out, jax.process_index() == 0
+    is_first = jax.process_index() == 0
     with directory.claim(config):
         dataset = load(config)
-        task = setup(config, dataset)
-        program = make_program(task)
         if config.output.overwrite and is_first:
-            directory.clear(out)
-        with Checkpoints(out / "checkpoints", config, task.made_from) as checkpoints:
-            best_step, throughput = train(task, program, dataset, checkpoints)
-            best_step, state = checkpoints.restore_best(best_step, program.like)
+            directory.clear(config.output.out)
+        trial = try_regularizer(config, dataset) if config.transfer.trial else None
+        decided = trials.settings(config, has_regularizer=trial is None or trial.helps)
+        task, program, best_step, throughput, state = fit(decided, dataset)
         validation = evaluate(task, program, state.evaluated, dataset.validation)
         test = evaluate(task, program, state.evaluated, dataset.test)
         export(task, dataset, state.evaluated)
@@ -77,12 +76,65 @@ def run(config: Config) -> Outcome:
             validation=validation,
             test=test,
             class_names=dataset.class_names,
-            records=logs.read(out),
+            records=logs.read(config.output.out),
             layer_order=resnet.layer_names(task.model),
+            trial=trial,
         )
         if is_first:
-            report(outcome, out)
+            report(outcome, config.output.out)
     return outcome
+
+
+# --8<-- [start:trial]
+def try_regularizer(config: Config, dataset: Dataset) -> Trial:
+    """Runs a share of the steps without the regularizer, and with it.
+
+    Each is a run with checkpoints of its own, in a directory in the output directory. It has the
+    learning rate schedule of a whole run, and is compared after its last step.
+    """
+    losses = []
+    for has_regularizer in (False, True):
+        short = trials.shortened(config, has_regularizer=has_regularizer)
+        if jax.process_index() == 0:
+            print(f"Trial run {'with' if has_regularizer else 'without'} the regularizer:")
+        with directory.claim(short):
+            task, program, _, _, state = fit(short, dataset)
+        losses.append(evaluate(task, program, state.evaluated, dataset.validation).loss)
+    trial = Trial(short.training.steps, *losses)
+    if jax.process_index() == 0:
+        print(trial)
+    return trial
+
+
+# --8<-- [end:trial]
+
+
+class Fitted(NamedTuple):
+    """A finished training.
+
+    Attributes:
+        task: What was constant.
+        program: The compiled functions.
+        best_step: The step that was best on validation images.
+        throughput: The speed.
+        state: The state at the best step.
+    """
+
+    task: "Task"
+    program: "Program"
+    best_step: int
+    throughput: Throughput
+    state: "TrainState"
+
+
+def fit(config: Config, dataset: Dataset) -> Fitted:
+    """Fine-tunes, and restores the step that is best on validation images."""
+    task = setup(config, dataset)
+    program = make_program(task)
+    with Checkpoints(config.output.out / "checkpoints", config, task.made_from) as checkpoints:
+        best_step, throughput = train(task, program, dataset, checkpoints)
+        best_step, state = checkpoints.restore_best(best_step, program.like)
+    return Fitted(task, program, best_step, throughput, state)
 
 
 class Task(NamedTuple):
