@@ -1,7 +1,6 @@
 # ruff: noqa: E402 (the modules under test want the packages that are asked for first)
 """The fine-tuning example, whole runs: what comes out, and what survives a kill."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -22,16 +21,18 @@ from jax.experimental.compilation_cache import compilation_cache
 
 needs.examples()
 
+import soak_finetune
 import tiny_finetune
 from helpers import relative_error
 from sklearn.metrics import confusion_matrix
+from tiny_finetune import assert_same, last_checkpoint, opened, timeless
 
 from examples.common import data, pretrained, resnet
 from examples.common.standardisation import IMAGENET
-from examples.finetune import train
+from examples.finetune import checkpoint as checkpoint_module
+from examples.finetune import preemption, train
 from examples.finetune.__main__ import main, parse
-from examples.finetune.batches import load
-from examples.finetune.checkpoint import CheckpointError, Checkpoints, Progress
+from examples.finetune.checkpoint import CheckpointError, Progress
 from examples.finetune.directory import DirectoryError
 from examples.finetune.divergence import DivergedError
 from examples.finetune.logs import read
@@ -76,30 +77,6 @@ def finished(directory, tmp_path_factory):
     """The directory of a run that nothing went wrong in, and what it returned."""
     out = tmp_path_factory.mktemp("finished") / "new" / "out"
     return out, train.run(parse(tiny_finetune.arguments(directory, out)))
-
-
-def last_checkpoint(directory, out, *more):
-    """How far a run has come, and all arrays of its state."""
-    checkpoints, program = opened(directory, out, *more)
-    with checkpoints:
-        progress, state = checkpoints.restore_last(program.like)
-    return progress, jax.device_get(state)
-
-
-def opened(directory, out, *more):
-    """The checkpoints of a run, and its program."""
-    config = parse(tiny_finetune.arguments(directory, out, *more))
-    task = train.setup(config, load(config))
-    return Checkpoints(out / "checkpoints", config, task.made_from), train.make_program(task)
-
-
-def assert_same(these, those):
-    """Bit for bit, but for the clock."""
-    one, other = (each._replace(meter=each.meter["pending"]) for each, _ in (these, those))
-    assert one == other
-    assert jax.tree.structure(these[1]) == jax.tree.structure(those[1])
-    for this, that in zip(jax.tree.leaves(these[1]), jax.tree.leaves(those[1]), strict=True):
-        np.testing.assert_array_equal(this, that)
 
 
 def in_process(directory, out, *more, where="nowhere", n_devices=8):
@@ -216,14 +193,11 @@ def test_a_killed_run_goes_on_bit_for_bit(directory, finished, tmp_path, where):
     ours, theirs = (pretrained.load(str(each / "model.safetensors")) for each in (tmp_path, out))
     assert ours.metadata == theirs.metadata
     jax.tree.map(np.testing.assert_array_equal, ours.network, theirs.network)
-    timeless = {"images_per_second": None, "waiting": None}
-    assert [dataclasses.replace(record, **timeless) for record in read(tmp_path)] == [
-        dataclasses.replace(record, **timeless) for record in read(out)
-    ]
+    assert timeless(tmp_path) == timeless(out)
 
 
-def stopped(directory, out, monkeypatch, *more, before):
-    """The exit code of a run that is sent SIGTERM before a micro-batch."""
+def stopped(directory, out, monkeypatch, *more, before, by=signal.SIGTERM):
+    """The exit code of a run that is sent a signal before a micro-batch."""
     make_program = train.make_program
 
     def with_signal(task):
@@ -231,7 +205,7 @@ def stopped(directory, out, monkeypatch, *more, before):
 
         def train_step(*arguments):
             if next(calls) == before:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), by)
             return program.train(*arguments)
 
         return program._replace(train=train_step)
@@ -241,11 +215,44 @@ def stopped(directory, out, monkeypatch, *more, before):
         return main(tiny_finetune.arguments(directory, out, *more))
 
 
-def test_a_run_that_is_told_to_stop_saves_and_goes_on(directory, finished, tmp_path, monkeypatch):
-    assert stopped(directory, tmp_path, monkeypatch, before=3) == 143
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_run_that_is_told_to_stop_saves_and_goes_on(
+    directory, finished, tmp_path, monkeypatch, capfd, by
+):
+    assert stopped(directory, tmp_path, monkeypatch, before=3, by=by) == 128 + by
+    printed = capfd.readouterr().err
+    assert "Stopped by a signal at step 3 of 6. The state is saved; continue with" in printed
+    assert ("Press Ctrl-C again" in printed) == (by == signal.SIGINT)
     assert last_checkpoint(directory, tmp_path)[0].step == 3
     run(directory, tmp_path, "--resume")
     assert_same(last_checkpoint(directory, tmp_path), last_checkpoint(directory, finished[0]))
+    assert timeless(tmp_path) == timeless(finished[0])
+
+
+def test_a_second_ctrl_c_is_not_caught():
+    before = [signal.getsignal(number) for number in preemption.SIGNALS]
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with preemption.stop_signal() as must_stop:
+        assert must_stop(1) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.raise_signal(signal.SIGINT)
+        assert must_stop(1) == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        signal.raise_signal(signal.SIGTERM)
+        assert must_stop(2) == signal.SIGINT, "a second signal of another kind does not matter"
+    signal.signal(signal.SIGHUP, before[-1])
+    assert [signal.getsignal(number) for number in preemption.SIGNALS] == before
+
+
+def test_ctrl_c_before_training_is_one_line(directory, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "load", mock.Mock(side_effect=KeyboardInterrupt))
+    assert main(tiny_finetune.arguments(directory, tmp_path)) == 130
+    assert capsys.readouterr().err.startswith("Interrupted.")
+
+
+def test_random_kills_change_nothing(tmp_path):
+    happened = soak_finetune.soak(tmp_path, kills=3, seed=3)
+    assert happened["kills"] == 3
 
 
 def test_held_out_images_go_on_where_they_were(directory, tmp_path, monkeypatch, capsys):
@@ -310,11 +317,14 @@ def copied(finished, tmp_path):
     return out
 
 
+def checkpoint(out, step):
+    """The directory of a checkpoint."""
+    return out / "checkpoints" / str(step)
+
+
 def damage(out, step):
     """Overwrites what a checkpoint has of the arrays."""
-    files = [
-        path for path in (out / "checkpoints" / str(step) / "state").rglob("*") if path.is_file()
-    ]
+    files = [path for path in (checkpoint(out, step) / "state").rglob("*") if path.is_file()]
     assert files
     for path in files:
         path.write_bytes(b"\\0" * path.stat().st_size)
@@ -353,11 +363,84 @@ def test_an_earlier_run_is_not_overwritten(directory, finished, tmp_path):
         run(directory, copied(finished, tmp_path))
 
 
+@pytest.mark.parametrize("lose", [damage, lambda out, step: shutil.rmtree(checkpoint(out, step))])
+def test_a_lost_best_checkpoint_leaves_the_last_one(directory, finished, tmp_path, lose):
+    out = copied(finished, tmp_path)
+    assert finished[1].best_step == 2
+    lose(out, 2)
+    (out / "model.safetensors").unlink()
+    with pytest.warns(UserWarning, match=r"of step 2.* (missing|cannot be read)"):
+        again = run(directory, out, "--resume")
+    assert again.best_step == 6
+    assert again.validation.loss != finished[1].validation.loss
+    assert (out / "model.safetensors").exists()
+
+
+def test_training_goes_on_without_the_best_checkpoint(directory, finished, tmp_path, monkeypatch):
+    assert stopped(directory, tmp_path, monkeypatch, before=5) == 143
+    shutil.rmtree(checkpoint(tmp_path, 2))
+    with pytest.warns(UserWarning, match=r"of step 2, the best so far, is missing"):
+        again = run(directory, tmp_path, "--resume")
+    assert again.best_step in (5, 6)
+    (_, ours), (_, theirs) = (last_checkpoint(directory, out) for out in (tmp_path, finished[0]))
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_moved_images_and_weights_are_the_same_ones(directory, finished, tmp_path):
+    out, moved = copied(finished, tmp_path), tmp_path / "moved"
+    shutil.copytree(directory, moved)
+    (moved / "source.safetensors").rename(moved / "other.safetensors")
+    paths = ("--dataset", f"{moved / 'images'}/", "--init", str(moved / "other.safetensors"))
+    again = run(directory, out, "--resume", *paths)
+    np.testing.assert_array_equal(again.test.confusion, finished[1].test.confusion)
+
+
+def test_changed_images_are_refused(directory, finished, tmp_path, capsys):
+    out, images = copied(finished, tmp_path), tmp_path / "images"
+    shutil.copytree(directory / "images", images)
+    shutil.copy(images / "train" / "red" / "1.png", images / "train" / "red" / "1b.png")
+    arguments = tiny_finetune.arguments(directory, out, "--resume", "--dataset", str(images))
+    assert main(arguments) == 1
+    assert "train/red had 10 train images and has 11" in capsys.readouterr().err
+    (images / "train" / "red" / "1b.png").unlink()
+    (images / "train" / "red" / "1.png").write_bytes(
+        (images / "train" / "red" / "1.png").read_bytes() + b" "
+    )
+    with pytest.warns(UserWarning, match="their files have other sizes"):
+        run(directory, out, "--resume", "--dataset", str(images))
+
+
+def test_a_longer_run_is_the_same_run_if_the_schedule_allows(directory, finished, tmp_path):
+    with pytest.raises(CheckpointError) as error:
+        run(directory, copied(finished, tmp_path), "--resume", "--steps", "8")
+    assert "training.steps was 6 and is 8" in str(error.value)
+    assert "model.safetensors; its head is new" in str(error.value)
+    constant, outs = ("--schedule", "constant"), (tmp_path / "once", tmp_path / "twice")
+    run(directory, outs[0], *constant)
+    run(directory, outs[1], *constant, "--steps", "4")
+    run(directory, outs[1], *constant, "--resume")
+    assert_same(*(last_checkpoint(directory, out, *constant) for out in outs))
+    with pytest.raises(CheckpointError, match=r"training\.steps was 6 and is 4"):
+        run(directory, outs[1], *constant, "--resume", "--steps", "4")
+
+
+def test_another_version_of_the_code_is_named(directory, finished, tmp_path, monkeypatch):
+    out = copied(finished, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_module, "version", lambda: "dtnh_jax 9")
+        with pytest.warns(UserWarning, match=r"another version of the code, .*this is dtnh_jax 9"):
+            run(directory, out, "--resume")
+        patch.setattr(checkpoint_module, "_structure", lambda state: "other")
+        with pytest.raises(CheckpointError, match=r"cannot be used\. They .* this is dtnh_jax 9\."):
+            run(directory, out, "--resume")
+
+
 def test_a_finished_run_goes_on_to_the_same_end(directory, finished, tmp_path):
     again = run(
         directory, copied(finished, tmp_path), "--resume", "--mesh", "4x2", "--workers", "0"
     )
     assert again.best_step == finished[1].best_step
+    assert again.throughput.images_per_second > 0
     np.testing.assert_array_equal(again.test.confusion, finished[1].test.confusion)
 
 
@@ -370,16 +453,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(directory, tmp_path):
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
 
 
-def test_a_full_disk_is_an_error_that_keeps_the_last_checkpoint(directory, finished, tmp_path):
+def test_a_full_disk_is_an_error_that_keeps_the_last_checkpoint(
+    directory, finished, tmp_path, monkeypatch, capfd
+):
     out = copied(finished, tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     checkpoints, program = opened(directory, out)
     with checkpoints:
         progress = Progress(7, {}, (2, 0.5), {})
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda path: mock.Mock(free=5e5))
+            with pytest.raises(CheckpointError, match=r"step 7 .* 0\.5 MB are free"):
+                checkpoints.save(progress, program.init())
         resource.setrlimit(resource.RLIMIT_FSIZE, (2**10, limits[1]))
         try:
             with pytest.raises(CheckpointError, match=r"step 7 .*the last good one is of step 6"):
                 checkpoints.save(progress, program.init())
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "Traceback" not in capfd.readouterr().err
     assert opened(directory, out)[0].steps == [2, 6]

@@ -48,7 +48,8 @@ def stop_signal() -> Iterator[Callable[[int], int]]:
         if received:
             return
         received = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if signal.SIGINT in previous:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         if number == getattr(signal, "SIGHUP", None):
             for stream in terminals:  # which is gone: to write to it is an error
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
