@@ -11,6 +11,7 @@ from examples.common.data.config import DataConfig
 from examples.common.data.dataset import Dataset, load
 from examples.common.data.images import CorruptImageError, augment, centre_crop, decode, pad_margin
 from examples.common.data.sources import Source
+from examples.common.data.splits import hold_out
 
 __all__ = [
     "Batch",
@@ -23,6 +24,7 @@ __all__ = [
     "centre_crop",
     "decode",
     "evaluation_batches",
+    "hold_out",
     "load",
     "pad_margin",
     "to_device",

@@ -17,6 +17,7 @@ class Dataset(NamedTuple):
         validation: Images for choosing settings and checkpoints.
         test: Images for the final test.
         class_names: The name of each label.
+        held_out: Images that are not trained on, for the reference of a rule; ``None`` without.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Dataset(NamedTuple):
     validation: Source
     test: Source
     class_names: tuple[str, ...]
+    held_out: Source | None = None
 
 
 def load(config: DataConfig) -> Dataset:

@@ -63,6 +63,16 @@ class Source:
         """The labels, ``(n,)``, int32; no image is decoded."""
         return self._images.labels[self._indices]
 
+    @property
+    def names(self) -> list[str]:
+        """What identifies each image within the data set; no image is read."""
+        return [self._images.name(int(index)) for index in self._indices]
+
+    def n_bytes(self, most: int = 10_000) -> int:
+        """The size of the files of ``most`` images or fewer, evenly spaced; 0 without files."""
+        chosen = self._indices[:: -(-len(self) // most) or 1]
+        return sum(self._images.n_bytes(int(index)) for index in chosen)
+
     def select(self, indices: np.ndarray) -> "Source":
         """The images at ``indices``, in the order of this source."""
         return Source(self._images, self._indices[np.sort(indices)])
@@ -95,9 +105,15 @@ class FolderImages:
 
     def read(self, index: int) -> Encoded:
         """Reads the file at ``index``."""
-        file = self.files[index]
-        name = file.relative_to(self.root).as_posix()
-        return Encoded(file.read_bytes(), int(self.labels[index]), name)
+        return Encoded(self.files[index].read_bytes(), int(self.labels[index]), self.name(index))
+
+    def name(self, index: int) -> str:
+        """The path of the file at ``index``, relative to the folder of the data set."""
+        return self.files[index].relative_to(self.root).as_posix()
+
+    def n_bytes(self, index: int) -> int:
+        """The size of the file at ``index``."""
+        return self.files[index].stat().st_size
 
 
 def open_folder(root: Path) -> tuple[dict[str, Source], tuple[str, ...]]:
@@ -194,8 +210,17 @@ class TfdsImages:
             self._records[index], decoders=self._decoders
         )
         image, label, *file_name = (record[key] for key in self._keys)
-        name = f"{self._where}[{index}]" + "".join(f", {text.decode()}" for text in file_name)
+        name = self.name(index) + "".join(f", {text.decode()}" for text in file_name)
         return Encoded(image, int(label), name)
+
+    def name(self, index: int) -> str:
+        """The version of the data set, the split, and ``index``."""
+        return f"{self._where}[{index}]"
+
+    def n_bytes(self, index: int) -> int:
+        """0: a version of a data set does not change."""
+        del index
+        return 0
 
     @cached_property
     def labels(self) -> np.ndarray:
