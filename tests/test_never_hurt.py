@@ -29,6 +29,7 @@ from examples.never_hurt import __main__ as command
 from examples.never_hurt import batches, grids, images, runner, sources, store, train, version
 from examples.never_hurt.cell import NONE, Cell, Result
 from examples.never_hurt.grids import FITTING, GRIDS, KINDS, PER_CLASS, UNFITTING, Grid, Part
+from examples.never_hurt.procedures import PROCEDURES
 from examples.never_hurt.rules import RULES
 from examples.never_hurt.sources import Pretraining
 
@@ -152,7 +153,8 @@ def test_grids_name_what_there_is(name):
         assert set(part.rules) <= set(RULES)
         assert set(part.regularizers) <= set(REGULARIZERS)
         assert set(part.sources) <= set(KINDS)
-        assert set(part.targets) <= set(PER_CLASS)
+        assert set(part.targets) <= set(GRIDS[name].images_per_class)
+        assert part.procedure in PROCEDURES
 
 
 def test_cells_of_a_grid():
@@ -201,12 +203,12 @@ def test_a_grid_that_tunes_each_setting_runs_every_learning_rate():
     assert {cell.learning_rate for cell in cells} == {0.01, 0.1}
 
 
-def test_a_grid_may_hold_images_out():
-    part = replace(GRID.parts[0], held_out=2, returned_at=0.5)
+def test_a_grid_may_hold_images_out_and_have_a_procedure():
+    part = replace(GRID.parts[0], held_out=2, returned_at=0.5, procedure="lp_ft")
     cells = replace(GRID, parts=[part], tuned="each", images_per_class={"colours": 6}).cells({})
-    assert {(cell.rule, cell.held_out, cell.returned_at) for cell in cells} == {
-        (NONE, 0, 1.0),
-        ("bounded_dtnh", 2, 0.5),
+    assert {(cell.rule, cell.held_out, cell.returned_at, cell.procedure) for cell in cells} == {
+        (NONE, 0, 1.0, "plain"),
+        ("bounded_dtnh", 2, 0.5, "lp_ft"),
     }
     assert {cell.images_per_class for cell in cells} == {6}
 
@@ -602,9 +604,10 @@ def test_cells_of_one_program_stay_together():
         for source in ("medmnist", "gtsrb")
         for regularizer in ("l2_sp", "distillation")
     ]
+    cells += [replace(CELL, procedure="lp_ft")]
     jobs = runner._grouped(cells, lanes=3)
     # By the source where its head is looked at.
-    assert sorted(sum(map(len, job)) for job in jobs) == [2, 2, 4]
+    assert sorted(sum(map(len, job)) for job in jobs) == [1, 2, 2, 4]
     assert all(len(chunk) <= 3 for job in jobs for chunk in job)
     assert {cell for job in jobs for chunk in job for cell in chunk} == set(cells)
 

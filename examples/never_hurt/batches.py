@@ -125,6 +125,6 @@ def views(images: jax.Array, plan: Plan) -> jax.Array:
     return standardise(jax.vmap(cut)(padded, plan.flip, plan.corner))
 
 
-def standardise(images: jax.Array) -> jax.Array:
+def standardise(images: Any) -> jax.Array:
     """Converts ``uint8`` images to the inputs of a network, with ImageNet's mean and deviation."""
     return standardisation.standardise(images, *standardisation.channel_statistics({}))

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 NONE = "none"
-ADDED = ("held_out", "held_out_every", "returned_at", "trial")
+ADDED = ("held_out", "held_out_every", "returned_at", "trial", "procedure")
 """Settings that were added after the first results."""
 
 
@@ -53,6 +53,8 @@ class Cell:
     trial: float = 0.0
     """The share of the steps that two trial runs take, with and without the regularizer, on all but
     the held-out images, whose loss decides whether the run itself has it; 0: no trial runs."""
+    procedure: str = "plain"
+    """What is done around the steps of training, see `procedures`."""
 
     def __post_init__(self) -> None:
         # 1 and 1.0 are one setting, with one key.
@@ -104,8 +106,12 @@ class Result:
             rule removes, over all layers; None where it is not finite, after a divergence.
         trial_losses: On the held-out images, after the trial run without the regularizer and after
             the one with it; None without trial runs.
-        seconds: The time of training, without compilation.
+        seconds: The time of training, without compilation of its steps.
         version: The version of the project that computed it; None in files of older versions.
+        held_out_accuracy: On the images that are not trained on; None without any.
+        held_out_loss: On the same images; None without any, or if it was not finite.
+        chosen: The number of steps at which early stopping stopped, or the share of the fine-tuned
+            network in an interpolation; None with other procedures.
     """
 
     cell: Cell
@@ -118,6 +124,9 @@ class Result:
     trial_losses: list[float] | None = None
     seconds: float = 0.0
     version: str | None = None
+    held_out_accuracy: float | None = None
+    held_out_loss: float | None = None
+    chosen: float | None = None
 
     def to_json(self) -> str:
         """Formats the result as one line."""

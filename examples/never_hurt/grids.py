@@ -52,6 +52,8 @@ class Part:
     """The share of training after which they are trained on, too."""
     trial: float = 0.0
     """The share of the steps that trial runs take; 0: none."""
+    procedure: str = "plain"
+    """What is done around the steps of training, see `procedures`."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class Grid:
                             held_out=part.held_out,
                             returned_at=part.returned_at,
                             trial=part.trial,
+                            procedure=part.procedure,
                         )
                         for regularizer, rule, strength in itertools.product(
                             part.regularizers, part.rules, part.strengths

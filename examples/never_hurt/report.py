@@ -86,6 +86,8 @@ def make_tables(studies: Mapping[str, pd.DataFrame]) -> dict[str, Rows]:
             made[f"{name}-verdicts"] = tables.verdicts(cells)
             made[f"{name}-regularizers"] = tables.by_regularizer(cells)
             made[f"{name}-plain"] = tables.plain(cells)
+    for name, cells in studies.items():
+        made[f"{name}-chosen-strength"] = tables.chosen_strength(cells)
     return made
 
 

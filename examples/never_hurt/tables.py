@@ -201,6 +201,28 @@ def by_regularizer(cells: pd.DataFrame) -> Rows:
     return rows
 
 
+def chosen_strength(cells: pd.DataFrame) -> Rows:
+    """Each rule at every strength, and with the strength that is chosen anew for each seed.
+
+    The mean over pairs; for the choices also the worst pair, with its interval.
+    """
+    down = ["regularizer", "rule"]
+    rows = cross(cells, down, "strength", lambda part: points(_setting_means(part).mean()))
+    titles: dict[analysis.Choice, str] = {"validation": "validation", "held_out": "held-out"}
+    for on, title in titles.items():
+        chosen = analysis.with_chosen_strength(cells, on).assign(strength=0.0)  # one setting
+        rows[0] += [f"λ chosen on {title} images", "worst pair"]
+        for row, (names, _) in zip(rows[1:], cells.groupby(down, sort=False), strict=True):
+            part = select(chosen, **dict(zip(down, names, strict=True)))
+            row += ["", ""] if part.empty else _mean_and_worst(part)
+    return rows
+
+
+def _mean_and_worst(cells: pd.DataFrame) -> list[str]:
+    estimates = analysis.estimates(cells, "against_plain")
+    return [points(estimates["mean"].mean()), _estimate(estimates, estimates["mean"].idxmin())]
+
+
 def _setting_means(cells: pd.DataFrame) -> pd.Series:
     return cells.groupby(SETTING)["against_plain"].mean()
 
