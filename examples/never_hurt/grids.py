@@ -227,6 +227,24 @@ def with_trial_runs(part: Part, held_out: int) -> Part:
     return replace(part, rules=("trial_runs",), held_out=held_out, trial=TRIAL)
 
 
+def rivals(of: Part, held_out: int) -> tuple[Part, ...]:
+    """What users would take instead, for the tasks of a part."""
+    plain = replace(of, regularizers=(NONE,), rules=(NONE,), strengths=(0.0,))
+    l2_sp = replace(of, regularizers=("l2_sp",))
+    return (
+        *(replace(plain, procedure=each) for each in ("lp_ft", "wise_ft_half")),
+        *(
+            replace(plain, procedure=each, held_out=held_out)
+            for each in ("wise_ft", "early_stopping")
+        ),
+        replace(l2_sp, rules=("spd",), strengths=(1.0, 100.0)),
+        replace(l2_sp, rules=("ftp",), strengths=(1.0,)),
+        replace(of, rules=("auto_lambda",), strengths=(1.0, 100.0), held_out=held_out),
+        # One run for each weight, from which the best on held-out images is chosen.
+        replace(of, rules=("weighted_sum",), strengths=(0.0, *of.strengths), held_out=held_out),
+    )
+
+
 GAINS = (
     Part(("cifar10",), ("cifar10",), CONTAINED, SUMS, TENFOLD, range(5)),
     Part(
@@ -294,6 +312,7 @@ GRIDS: Mapping[str, Grid] = {
         [
             *GAINS,
             *(with_trial_runs(part, held_out=1) for part in GAINS),
+            *rivals(replace(GAINS[0], seeds=range(3)), held_out=1),
             Part(("cifar10",), ("cifar10",), CONTAINED, HELD_OUT, TENFOLD, range(3), held_out=1),
             Part(
                 *(("cifar10",), ("cifar10",), CONTAINED[:1], ("held_out_returned",)),
@@ -337,6 +356,7 @@ GRIDS: Mapping[str, Grid] = {
                 Part((), (), TRANSFER, (SUMS[0], *SUMS[2:]), (1.0, 100.0, 1000.0), range(3)),
                 Part((), (), TRANSFER, HELD_OUT, (1.0, 100.0, 1000.0), range(3), held_out=3),
                 with_trial_runs(HARM, held_out=3),
+                *rivals(HARM, held_out=3),
             )
         ],
         learning_rates=(0.01, 0.03, 0.1),
