@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import dtnh_jax
@@ -61,8 +62,10 @@ def run(config: Config) -> Outcome:
         dataset = load(config)
         task = setup(config, dataset)
         program = make_program(task)
-        if config.output.overwrite and is_first:
-            directory.clear(out)
+        if config.output.overwrite:
+            if is_first:
+                directory.clear(out)
+            multihost_utils.sync_global_devices("cleared")
         with Checkpoints(out / "checkpoints", config, task.made_from) as checkpoints:
             best_step, throughput = train(task, program, dataset, checkpoints)
             best_step, state = checkpoints.restore_best(best_step, program.like)
