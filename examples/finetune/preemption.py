@@ -53,9 +53,9 @@ def stop_signal() -> Iterator[Callable[[int], int]]:
         if number == getattr(signal, "SIGHUP", None):
             for stream in terminals:  # which is gone: to write to it is an error
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        message = f"{signal.Signals(number).name}: the step is finished and saved."
+        message = f"{signal.Signals(number).name}: finishing the step and saving."
         if number == signal.SIGINT:
-            message = "Finishing the step and saving. Press Ctrl-C again to stop at once."
+            message += " Press Ctrl-C again to stop at once."
         # Not with print, which the signal may have interrupted.
         with contextlib.suppress(OSError):
             os.write(2, f"{SHOW_CURSOR if terminals else ''}\n{message}\n".encode())

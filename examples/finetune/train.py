@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import dtnh_jax
@@ -60,8 +61,10 @@ def run(config: Config) -> Outcome:
     is_first = jax.process_index() == 0
     with directory.claim(config):
         dataset = load(config)
-        if config.output.overwrite and is_first:
-            directory.clear(config.output.out)
+        if config.output.overwrite:
+            if is_first:
+                directory.clear(config.output.out)
+            multihost_utils.sync_global_devices("cleared")
         trial = try_regularizer(config, dataset) if config.transfer.trial else None
         decided = trials.settings(config, has_regularizer=trial is None or trial.helps)
         task, program, best_step, throughput, state = fit(decided, dataset)
