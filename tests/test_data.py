@@ -4,9 +4,11 @@ import io
 import itertools
 import json
 import os
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 for _package in ("grain", "PIL"):
     pytest.importorskip(_package)
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from examples.common import data
 from examples.common.data import DataConfig
@@ -135,6 +137,121 @@ def test_exif_orientation_is_followed(orientation, turned):
     np.testing.assert_array_equal(pixels, np.rot90(stored, turned))
 
 
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_that_of_pillow(orientation):
+    """Without writing the rest of the EXIF again, which can be broken."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif.get_ifd(0x8825)[5] = b"\0\1"
+    stored = encode(Image.fromarray(noise(0, 40, 60)), "JPEG", exif=exif)
+    with Image.open(io.BytesIO(stored)) as image:
+        expected = np.array(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(data.decode(stored, "image"), expected)
+
+
+def test_a_broken_exif_does_not_cost_the_pixels(monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored, pixels = encode(Image.fromarray(noise(0, 4, 6)), exif=exif), noise(0, 4, 6)
+
+    def fail(self, *arguments, **options):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Image.Exif, "tobytes", fail)
+    np.testing.assert_array_equal(data.decode(stored, "image"), np.rot90(pixels, 3))
+    monkeypatch.setattr(Image.Exif, "load", fail)
+    np.testing.assert_array_equal(data.decode(stored, "image"), pixels)
+
+
+def a_ramp(largest=255):
+    """Values from 0 to ``largest``, or to the nearest that 64 steps give."""
+    return np.linspace(0, largest, 64).reshape(8, 8)
+
+
+@pytest.mark.parametrize("bits", range(8, 17))
+@pytest.mark.parametrize(("dtype", "image_format"), [(np.uint16, "PNG"), (np.int32, "TIFF")])
+def test_integers_of_any_depth_are_scaled_by_the_bits_in_use(bits, dtype, image_format):
+    values = a_ramp(2**bits - 1).astype(dtype)
+    pixels = data.decode(encode(Image.fromarray(values), image_format), "image")
+    shift = next(depth for depth in (8, 10, 12, 14, 16) if depth >= bits) - 8
+    np.testing.assert_array_equal(pixels, (values >> shift)[..., None].repeat(3, -1))
+    assert pixels.max() >= 127
+
+
+FLOATS = [(0, 1), (0, 0.6), (0, 255), (0, 4095), (0, 1e-3), (0, 2.5), (-1, 1), (0.9, 1e38)]
+INTEGERS = [(-1000, 3000), (-128, 127), (0, 70_000), (0, 2**31 - 1), (-(2**31), 0)]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype"),
+    [(*each, np.float32) for each in FLOATS] + [(*each, np.int32) for each in INTEGERS],
+)
+def test_values_of_any_range_are_visible_and_in_order(low, high, dtype):
+    values = (low + a_ramp(high - low)).astype(dtype)
+    pixels = data.decode(encode(Image.fromarray(values), "TIFF"), "image")[..., 0].astype(int)
+    assert pixels.max() >= 127
+    assert (np.diff(pixels.ravel()) >= 0).all()
+    if (low, high) in ((0, 1), (0, 255)):
+        np.testing.assert_allclose(pixels, a_ramp(), atol=0.51)
+
+
+def test_floats_that_are_no_numbers_are_black():
+    values = a_ramp(1).astype(np.float32)
+    values[0], values[1] = np.nan, np.inf
+    pixels = data.decode(encode(Image.fromarray(values), "TIFF"), "image")
+    assert not pixels[:2].any()
+    np.testing.assert_allclose(pixels[2:, :, 0], a_ramp()[2:], atol=0.51)
+    values[:] = np.nan
+    assert not data.decode(encode(Image.fromarray(values), "TIFF"), "image").any()
+
+
+def png_chunk(kind, content):
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
+
+
+def deep_png(values, colour_type):
+    """A PNG with 16 bits a channel, which Pillow does not write in colours."""
+    height, width, _ = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(itertools.starmap(png_chunk, chunks))
+
+
+@pytest.mark.parametrize("bits", [8, 12, 14, 16])
+@pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (6, 4)])
+def test_colours_of_16_bits_are_scaled_by_the_bits_in_use(bits, colour_type, channels):
+    rng = np.random.default_rng(0)
+    values = rng.integers(2**bits, size=(8, 8, channels))
+    values[0, 0], values[..., 3:] = 2**bits - 1, 2**16 - 1
+    pixels = data.decode(deep_png(values, colour_type), "image")
+    np.testing.assert_array_equal(pixels, values[..., :3] >> (bits - 8))
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP", b"iTXt", b"tEXt", b"eXIf"])
+def test_metadata_too_large_or_broken_do_not_cost_the_pixels(kind):
+    stored = encode(Image.fromarray(noise(0)))
+    text = zlib.compress(bytes(2**21))
+    chunks = {
+        b"zTXt": b"Comment\0\0" + text,
+        b"iCCP": b"profile\0\0" + text,
+        b"iTXt": b"Comment\0\1\0\0\0" + text,
+        b"tEXt": b"Comment\0" + b"broken",
+        b"eXIf": b"no EXIF",
+    }
+    chunk = png_chunk(kind, chunks[kind])
+    if kind == b"tEXt":
+        chunk = chunk[:-4] + bytes(4)  # a wrong checksum
+    place = stored.index(b"IDAT") - 4
+    pixels = data.decode(stored[:place] + chunk + stored[place:], "image")
+    np.testing.assert_array_equal(pixels, noise(0))
+
+
 NOISE = Image.fromarray(noise(0, 40, 40))
 
 
@@ -169,6 +286,26 @@ def test_the_centre_crop_is_that_of_the_resized_image(height, width):
     np.testing.assert_array_equal(
         crop, resized[round(top) : round(top) + SIZE, round(left) : round(left) + SIZE]
     )
+
+
+@pytest.mark.parametrize(("height", "width"), [(2000, 10), (10, 2000), (7, 500), (1, 300)])
+def test_the_centre_crop_of_an_elongated_image_is_made_of_its_centre(height, width, monkeypatch):
+    image = noise(0, height, width)
+    short = min(height, width)
+    tall, wide = 10 * height // short, 10 * width // short
+    resized = np.array(Image.fromarray(image).resize((wide, tall), Image.Resampling.BILINEAR))
+    top, left = round((tall - SIZE) / 2), round((wide - SIZE) / 2)
+    expected = resized[top : top + SIZE, left : left + SIZE]
+    sizes, resize = [], Image.Image.resize
+
+    def recorded(self, size, *arguments):
+        sizes.append(size)
+        return resize(self, size, *arguments)
+
+    monkeypatch.setattr(Image.Image, "resize", recorded)
+    crop = data.centre_crop(image, config(resize=10))
+    np.testing.assert_allclose(crop.astype(int), expected, atol=1)
+    assert sizes == [(SIZE, SIZE)], "no more than the crop is made"
 
 
 def test_the_short_side_has_the_usual_default():
