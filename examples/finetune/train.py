@@ -24,7 +24,7 @@ from examples.common.standardisation import channel_statistics, standardise
 from examples.finetune import devices, logs, metrics
 from examples.finetune.checkpoint import Checkpoints, Progress
 from examples.finetune.config import Config
-from examples.finetune.display import Display
+from examples.finetune.display import Display, introduce
 from examples.finetune.divergence import check_finite
 from examples.finetune.freeze import complete, trained
 from examples.finetune.logs import Logs, Record
@@ -53,6 +53,8 @@ def run(config: Config) -> Outcome:
     """
     devices.start_processes(config.devices)
     dataset = data.load(config.data)
+    if jax.process_index() == 0:
+        introduce(dataset)
     task = setup(config, dataset)
     program = make_program(task)
     with Checkpoints(config.output.out / "checkpoints", config) as checkpoints:

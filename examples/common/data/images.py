@@ -4,6 +4,7 @@ import io
 import re
 import struct
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,19 @@ class CorruptImageError(ValueError):
         )
         self.name = name
         self.reason = reason
+
+
+def read_bytes(file: Path, name: str) -> bytes:
+    """Reads a file.
+
+    Raises:
+        CorruptImageError: If that is not possible; it has ``name``.
+    """
+    try:
+        return file.read_bytes()
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise CorruptImageError(name, reason) from error
 
 
 def decode(data: bytes, name: str) -> np.ndarray:
