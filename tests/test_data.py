@@ -4,9 +4,11 @@ import io
 import itertools
 import json
 import os
+import struct
 import subprocess
 import sys
 import warnings
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 for _package in ("grain", "PIL"):
     pytest.importorskip(_package)
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from examples.common import data
 from examples.common.data import DataConfig
@@ -135,6 +137,121 @@ def test_exif_orientation_is_followed(orientation, turned):
     np.testing.assert_array_equal(pixels, np.rot90(stored, turned))
 
 
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_that_of_pillow(orientation):
+    """Without writing the rest of the EXIF again, which can be broken."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    exif.get_ifd(0x8825)[5] = b"\0\1"
+    stored = encode(Image.fromarray(noise(0, 40, 60)), "JPEG", exif=exif)
+    with Image.open(io.BytesIO(stored)) as image:
+        expected = np.array(ImageOps.exif_transpose(image))
+    np.testing.assert_array_equal(data.decode(stored, "image"), expected)
+
+
+def test_a_broken_exif_does_not_cost_the_pixels(monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored, pixels = encode(Image.fromarray(noise(0, 4, 6)), exif=exif), noise(0, 4, 6)
+
+    def fail(self, *arguments, **options):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Image.Exif, "tobytes", fail)
+    np.testing.assert_array_equal(data.decode(stored, "image"), np.rot90(pixels, 3))
+    monkeypatch.setattr(Image.Exif, "load", fail)
+    np.testing.assert_array_equal(data.decode(stored, "image"), pixels)
+
+
+def a_ramp(largest=255):
+    """Values from 0 to ``largest``, or to the nearest that 64 steps give."""
+    return np.linspace(0, largest, 64).reshape(8, 8)
+
+
+@pytest.mark.parametrize("bits", range(8, 17))
+@pytest.mark.parametrize(("dtype", "image_format"), [(np.uint16, "PNG"), (np.int32, "TIFF")])
+def test_integers_of_any_depth_are_scaled_by_the_bits_in_use(bits, dtype, image_format):
+    values = a_ramp(2**bits - 1).astype(dtype)
+    pixels = data.decode(encode(Image.fromarray(values), image_format), "image")
+    shift = next(depth for depth in (8, 10, 12, 14, 16) if depth >= bits) - 8
+    np.testing.assert_array_equal(pixels, (values >> shift)[..., None].repeat(3, -1))
+    assert pixels.max() >= 127
+
+
+FLOATS = [(0, 1), (0, 0.6), (0, 255), (0, 4095), (0, 1e-3), (0, 2.5), (-1, 1), (0.9, 1e38)]
+INTEGERS = [(-1000, 3000), (-128, 127), (0, 70_000), (0, 2**31 - 1), (-(2**31), 0)]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "dtype"),
+    [(*each, np.float32) for each in FLOATS] + [(*each, np.int32) for each in INTEGERS],
+)
+def test_values_of_any_range_are_visible_and_in_order(low, high, dtype):
+    values = (low + a_ramp(high - low)).astype(dtype)
+    pixels = data.decode(encode(Image.fromarray(values), "TIFF"), "image")[..., 0].astype(int)
+    assert pixels.max() >= 127
+    assert (np.diff(pixels.ravel()) >= 0).all()
+    if (low, high) in ((0, 1), (0, 255)):
+        np.testing.assert_allclose(pixels, a_ramp(), atol=0.51)
+
+
+def test_floats_that_are_no_numbers_are_black():
+    values = a_ramp(1).astype(np.float32)
+    values[0], values[1] = np.nan, np.inf
+    pixels = data.decode(encode(Image.fromarray(values), "TIFF"), "image")
+    assert not pixels[:2].any()
+    np.testing.assert_allclose(pixels[2:, :, 0], a_ramp()[2:], atol=0.51)
+    values[:] = np.nan
+    assert not data.decode(encode(Image.fromarray(values), "TIFF"), "image").any()
+
+
+def png_chunk(kind, content):
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
+
+
+def deep_png(values, colour_type):
+    """A PNG with 16 bits a channel, which Pillow does not write in colours."""
+    height, width, _ = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(itertools.starmap(png_chunk, chunks))
+
+
+@pytest.mark.parametrize("bits", [8, 12, 14, 16])
+@pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (6, 4)])
+def test_colours_of_16_bits_are_scaled_by_the_bits_in_use(bits, colour_type, channels):
+    rng = np.random.default_rng(0)
+    values = rng.integers(2**bits, size=(8, 8, channels))
+    values[0, 0], values[..., 3:] = 2**bits - 1, 2**16 - 1
+    pixels = data.decode(deep_png(values, colour_type), "image")
+    np.testing.assert_array_equal(pixels, values[..., :3] >> (bits - 8))
+
+
+@pytest.mark.parametrize("kind", [b"zTXt", b"iCCP", b"iTXt", b"tEXt", b"eXIf"])
+def test_metadata_too_large_or_broken_do_not_cost_the_pixels(kind):
+    stored = encode(Image.fromarray(noise(0)))
+    text = zlib.compress(bytes(2**21))
+    chunks = {
+        b"zTXt": b"Comment\0\0" + text,
+        b"iCCP": b"profile\0\0" + text,
+        b"iTXt": b"Comment\0\1\0\0\0" + text,
+        b"tEXt": b"Comment\0" + b"broken",
+        b"eXIf": b"no EXIF",
+    }
+    chunk = png_chunk(kind, chunks[kind])
+    if kind == b"tEXt":
+        chunk = chunk[:-4] + bytes(4)  # a wrong checksum
+    place = stored.index(b"IDAT") - 4
+    pixels = data.decode(stored[:place] + chunk + stored[place:], "image")
+    np.testing.assert_array_equal(pixels, noise(0))
+
+
 NOISE = Image.fromarray(noise(0, 40, 40))
 
 
@@ -169,6 +286,26 @@ def test_the_centre_crop_is_that_of_the_resized_image(height, width):
     np.testing.assert_array_equal(
         crop, resized[round(top) : round(top) + SIZE, round(left) : round(left) + SIZE]
     )
+
+
+@pytest.mark.parametrize(("height", "width"), [(2000, 10), (10, 2000), (7, 500), (1, 300)])
+def test_the_centre_crop_of_an_elongated_image_is_made_of_its_centre(height, width, monkeypatch):
+    image = noise(0, height, width)
+    short = min(height, width)
+    tall, wide = 10 * height // short, 10 * width // short
+    resized = np.array(Image.fromarray(image).resize((wide, tall), Image.Resampling.BILINEAR))
+    top, left = round((tall - SIZE) / 2), round((wide - SIZE) / 2)
+    expected = resized[top : top + SIZE, left : left + SIZE]
+    sizes, resize = [], Image.Image.resize
+
+    def recorded(self, size, *arguments):
+        sizes.append(size)
+        return resize(self, size, *arguments)
+
+    monkeypatch.setattr(Image.Image, "resize", recorded)
+    crop = data.centre_crop(image, config(resize=10))
+    np.testing.assert_allclose(crop.astype(int), expected, atol=1)
+    assert sizes == [(SIZE, SIZE)], "no more than the crop is made"
 
 
 def test_the_short_side_has_the_usual_default():
@@ -265,7 +402,7 @@ def test_impossible_settings_are_refused(changes, message):
         DataConfig(**({"dataset": "x"} | changes))
 
 
-@pytest.mark.parametrize("validation", ["val", "validation"])
+@pytest.mark.parametrize("validation", ["val", "validation", "valid", "Valid", "dev"])
 def test_published_splits_of_a_folder_are_kept(tmp_path, validation):
     write_images(tmp_path / "train", {"bee": 3, "ant": 4})
     write_images(tmp_path / validation, {"ant": 2, "bee": 1}, first=50)
@@ -349,8 +486,32 @@ def test_classes_too_small_for_the_settings_are_refused(flat, changes, message):
         ([], "two or more classes; it has 0: none"),
         (["ant/1.png"], "two or more classes; it has 1: ant"),
         (["1.png", "2.png"], "two or more classes; it has 0"),
-        (["ant/1.png", "bee/1.gif"], r"bee has no image: files must end in .*it has \.gif"),
-        (["ant/1.png", "bee/.hidden.png"], "bee has no image.*nothing"),
+        (["ant/1.png", "bee/1.txt"], r"bee has no image that Pillow can open; it has \.txt"),
+        (["ant/1.png", "bee/.hidden.png"], r"bee has no image .*it has \.png"),
+        (["ant/1.png", "bee/day/1.txt"], r"bee has no image .*it has \.txt"),
+        (["a/ant/1.png", "a/bee/1.png"], r"it has 1: a\. To read the folders in it, give .*/a\."),
+        # What is a split, and what is a class?
+        (
+            ["bus/1.png", "car/1.png", "train/1.png"],
+            r"train is taken as a split .*none, beside bus",
+        ),
+        (
+            ["bus/1.png", "car/1.png", "Test/1.png"],
+            r"Test is taken .* put all class folders into .*",
+        ),
+        (["bus/d/1.png", "car/e/1.png", "train/a/1.png", "train/b/1.png"], "if train is a class"),
+        (["train/1.png", "test/1.png"], "test is taken as a split .*it has none"),
+        (
+            ["train/a/1.png", "train/b/1.png", "Training/a/1.png"],
+            "Training and train, .* both names",
+        ),
+        (["val/a/1.png", "valid/a/1.png", "train/a/1.png"], "val and valid, .* validation split"),
+        (["train/a/1.png", "train/b/1.png", "holdout/a/1.png"], "holdout has folders of the same"),
+        (
+            ["train_images/a/1.png", "val_images/a/1.png"],
+            "train_images has .*rename it: train, val",
+        ),
+        (["c/1.png", "d/1.png", "val2017/a/1.png"], "val2017 has folders and no images"),
         (["test/ant/1.png", "test/bee/1.png"], "has test but no train"),
         (
             ["train/ant/1.png", "train/bee/1.png", "test/bee/1.png", "test/wasp/1.png"],
@@ -362,7 +523,7 @@ def test_classes_too_small_for_the_settings_are_refused(flat, changes, message):
 def test_folders_that_make_no_sense_are_refused(tmp_path, files, message):
     for name in files:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(encode(SOLID))
+        (tmp_path / name).write_bytes(b"words" if name.endswith("txt") else encode(SOLID))
     with pytest.raises(ValueError, match=message):
         data.load(config(tmp_path))
 
@@ -373,6 +534,117 @@ def test_a_class_missing_from_the_test_is_told(tmp_path):
     with pytest.warns(UserWarning, match="test has no images of ant"):
         loaded = data.load(config(tmp_path))
     assert loaded.test.labels.tolist() == [1, 1]
+
+
+FORMATS = {
+    "a.jpg": "JPEG",
+    "a.JFIF": "JPEG",
+    "a.tif": "TIFF",
+    "a.gif": "GIF",
+    "a.webp": "WEBP",
+    "a.bmp": "BMP",
+    "a.ppm": "PPM",
+    "a.jp2": "JPEG2000",
+    "a": "PNG",  # without an extension
+    "a.photo": "JPEG",  # with an unknown one
+    "deep/er/a.png": "PNG",
+}
+
+
+def write_every_format(folder):
+    for name, image_format in FORMATS.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(encode(SOLID, image_format))
+
+
+def test_every_image_below_a_class_is_read_and_all_else_is_told(tmp_path):
+    for name in ("ant", "bee"):
+        write_every_format(tmp_path / name)
+    root, ant = tmp_path, tmp_path / "ant"
+    hidden = [ant / ".DS_Store", root / ".cache/1.png", root / "__MACOSX/ant/1.png"]
+    hidden.append(ant / "@eaDir/1.png")
+    foreign = [ant / "notes.txt", ant / "deep/labels.csv", ant / "a.heic", root / "README"]
+    foreign += [ant / "data.h5", ant / "film.mpg"]
+    for path in [*hidden, *foreign]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"neither")
+    (root / "loose.png").write_bytes(encode(SOLID))
+    (ant / "album.jpg").mkdir()
+    (ant / "up").symlink_to(root)
+    (ant / "gone").symlink_to(root / "nowhere")
+
+    loaded = data.load(config(root, validation=1, test=1))
+    found = {name for part in loaded[1:4] for name in names(part)}
+    assert found == {f"{folder}/{name}" for folder in ("ant", "bee") for name in FORMATS}
+    assert sorted(data.find_images(ant).images) == sorted(ant / name for name in FORMATS)
+    notes = "\n".join(loaded.notes)
+    for expected in (
+        "left out: 6 not images that Pillow can open: README, ant/a.heic, ant/data.h5, ...",
+        "left out: 4 hidden files or folders: .cache, __MACOSX, ant/.DS_Store, ...",
+        "left out: 1 images without a class: loose.png",
+        "left out: 1 links to folders that are read already: ant/up",
+        "left out: 1 broken links or special files: ant/gone",
+    ):
+        assert expected in notes
+    assert len(loaded.notes) == 5
+    assert loaded.summary[:4] == [
+        f"{root}: 2 classes: ant, bee",
+        "  train: 18 images of 2 classes",
+        "  validation: 2 images of 2 classes, held out of train",
+        "  test: 2 images of 2 classes, held out of train",
+    ]
+
+
+def test_images_beside_the_splits_are_told(tmp_path):
+    for name in ("train/a/1.png", "train/a/2.png", "train/b/1.png", "train/b/2.png", "1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encode(SOLID))
+    for name in ("train/2.png", "unlabelled/3.png", "test/a/1.png", "test/b/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(encode(SOLID))
+    loaded = data.load(config(tmp_path, validation=1))
+    assert loaded.notes == (
+        "left out: 2 images outside of the splits: 1.png, unlabelled/3.png",
+        "left out: 1 images without a class: train/2.png",
+    )
+    assert len(loaded.train) == 2
+
+
+def test_a_class_may_have_the_name_of_a_split_inside_of_one(tmp_path):
+    write_images(tmp_path / "Train", {"train": 3, "test": 3, "bus": 3})
+    assert data.load(config(tmp_path, test=1)).class_names == ("bus", "test", "train")
+
+
+def test_names_are_compared_by_what_they_look_like(tmp_path):
+    composed, parted = "caf\u00e9", "cafe\u0301"
+    write_images(tmp_path / "train", {composed: 3, "tea": 3})
+    write_images(tmp_path / "test", {parted: 1, "tea": 1}, first=50)
+    loaded = data.load(config(tmp_path))
+    assert loaded.class_names == (composed, "tea")
+    assert loaded.test.labels.tolist() == [0, 1]
+    write_images(tmp_path / "train", {parted: 3})
+    with pytest.raises(ValueError, match=r"two folders named caf.*Unicode form .*\\u0301.*\\xe9"):
+        data.load(config(tmp_path))
+
+
+def test_names_that_are_no_text_are_read_with_escapes(tmp_path):
+    folder = os.fsdecode(b"caf\xe9")
+    write_images(tmp_path, {folder: 3, "line\nbreak": 3})
+    loaded = data.load(config(tmp_path, validation=1, test=1))
+    assert loaded.class_names == (r"caf\xe9", r"line\nbreak")
+    assert [name.encode() for name in names(loaded.train)]
+
+
+@pytest.mark.parametrize("name", ["photos.zip", "list.csv", "uoft-cs/cifar10", r"C:\photos", "a b"])
+def test_what_is_no_folder_and_no_name_says_so(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="neither a folder here nor a name") as error:
+        data.load(config(name))
+    assert len(str(error.value).splitlines()) == 1
+    if "/" not in name:
+        Path(name).touch()
+        with pytest.raises(ValueError, match=r"is a file, .*unpack it and give the folder"):
+            data.load(config(name))
 
 
 def test_a_path_that_is_not_there_is_no_name_of_a_data_set(tmp_path):
@@ -519,7 +791,7 @@ def test_nothing_but_corrupt_images_is_an_error(corrupt):
     cfg = config(corrupt, on_corrupt="skip")
     with (
         pytest.warns(UserWarning, match="Left out"),
-        pytest.raises(ValueError, match="None of the 2 training images can be decoded"),
+        pytest.raises(ValueError, match="None of the 2 training images can be read"),
     ):
         train(data.load(cfg).train.select(np.array([1, 2])), cfg=cfg)
 
@@ -536,12 +808,22 @@ def test_evaluation_refuses_or_marks_a_corrupt_image(corrupt):
     assert source.skipped == {"test/bee/000.png": "it is empty"}
 
 
-def test_a_file_that_has_gone_is_not_called_corrupt(corrupt):
+@pytest.mark.parametrize("reason", ["Is a directory", "No such file or directory"])
+def test_what_cannot_be_read_is_skipped_like_what_cannot_be_decoded(corrupt, reason):
     cfg = config(corrupt, on_corrupt="skip")
-    source = data.load(cfg).test
-    (corrupt / "test/ant/000.png").unlink()
-    with pytest.raises(FileNotFoundError):
-        list(data.evaluation_batches(source, cfg, batch_size=5))
+    (corrupt / "test/bee/000.png").unlink()
+    source, file = data.load(cfg).test, corrupt / "test/ant/000.png"
+    file.unlink()
+    if reason == "Is a directory":
+        file.mkdir()
+    else:
+        file.symlink_to(corrupt / "nowhere")  # it is not there when the folder is read, either
+        assert len(data.load(cfg).test) == len(source)
+    with pytest.warns(UserWarning, match=f"Left out: test/ant/000.png, {reason}"):
+        (batch,) = data.evaluation_batches(source, cfg, batch_size=4)
+    assert batch.valid.tolist() == [False, True, True, True]
+    with pytest.raises(data.CorruptImageError, match=f"test/ant/000.png cannot be read: {reason}"):
+        list(data.evaluation_batches(source, config(corrupt), batch_size=4))
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 4])

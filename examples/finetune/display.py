@@ -4,10 +4,13 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Self
 
+import jax
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from examples.common.data import Dataset
+from examples.common.text import plain_console
 from examples.finetune.logs import Record
 
 
@@ -17,6 +20,14 @@ def in_words(record: Record) -> str:
     parts = [] if record.loss is None else [f"loss {record.loss:.3f}"]
     parts += [f"{name} {100 * share:.1f} %" for name, share in shares.items() if share is not None]
     return ", ".join(parts)
+
+
+def introduce(dataset: Dataset, console: Console | None = None) -> None:
+    """Prints what was read, and on which devices the run is."""
+    devices = jax.devices()
+    used = f"devices: {len(devices)} × {devices[0].device_kind} ({devices[0].platform})"
+    for line in (*dataset.summary, used):
+        (console or plain_console()).print(line, soft_wrap=True)
 
 
 class Bar(Progress):
@@ -53,7 +64,7 @@ class Display:
         console: Console | None = None,
     ) -> None:
         self._images_per_step = images_per_step
-        self._console = console or Console(highlight=False)
+        self._console = console or plain_console()
         self._enabled = enabled
         self._plain = enabled and not self._console.is_terminal
         self._of_training = self._of_validation = ""
@@ -69,7 +80,10 @@ class Display:
         self._task_id = self._bar.add_task("", total=total, completed=start, rate="")
 
     def __enter__(self) -> Self:
+        self._bar.text = "compiling the first step"
         self._bar.start()
+        if self._plain:
+            self.message(self._bar.text)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -102,4 +116,4 @@ class Display:
     def message(self, text: str) -> None:
         """Prints a message; on a terminal, above the bar."""
         if self._enabled:
-            self._console.print(text, markup=False, soft_wrap=True)
+            self._console.print(text, markup=False, emoji=False, soft_wrap=True)

@@ -20,6 +20,7 @@ from examples.common.files import write
 from examples.common.resnet import Network, ResNetConfig
 from examples.common.standardisation import standardise
 from examples.finetune import metrics
+from examples.finetune.display import introduce
 from examples.finetune.figure import draw_confusion, most_confused
 from examples.finetune.logs import as_json
 from examples.finetune.metrics import Metrics
@@ -221,6 +222,7 @@ def run(config: Config) -> tuple[Metrics, tuple[str, ...]]:
         **{name: getattr(config, name) for name in shared},
     )
     dataset = data.load(data_config)
+    introduce(dataset)
     labels = matched(dataset.class_names, classifier.class_names)
     source = getattr(dataset, config.split)
     found = evaluate(classifier, source, labels, data_config, config.batch_size)

@@ -11,9 +11,17 @@ from typing import Annotated, NamedTuple
 import jax
 import numpy as np
 import tyro
-from PIL import Image
 
-from examples.common.data import CorruptImageError, DataConfig, centre_crop, decode
+from examples.common.data import (
+    CorruptImageError,
+    DataConfig,
+    centre_crop,
+    decode,
+    find_images,
+    listing,
+    read_bytes,
+)
+from examples.common.text import print_anything, printable
 from examples.finetune.evaluate import Classifier, load_classifier, logits
 
 PROGRAM = "python -m examples.finetune.predict"
@@ -87,41 +95,39 @@ def predict(
 def read(file: Path, config: DataConfig) -> np.ndarray | str:
     """Reads an image as evaluation does; returns the error message if that fails."""
     try:
-        return centre_crop(decode(file.read_bytes(), str(file)), config)
-    except OSError as error:
-        return error.strerror or str(error)
+        return centre_crop(decode(read_bytes(file, str(file)), str(file)), config)
     except CorruptImageError as error:
         return error.reason
+    except MemoryError:
+        return "it is too large for the memory"
 
 
 def find(places: Sequence[Path]) -> list[Path]:
-    """Finds the images in folders and subfolders, sorted by name; files are returned as they are.
+    """Finds the images in folders, as in training; files are returned as they are.
 
     Raises:
         ValueError: If a folder has no image.
     """
-    known = Image.registered_extensions()
-    readable = {extension for extension, name in known.items() if name in Image.OPEN}
     files = []
     for place in places:
         if not place.is_dir():
             files.append(place)
             continue
-        found = sorted(
-            file
-            for file in place.rglob("*")
-            if file.suffix.lower() in readable and not file.name.startswith(".")
-        )
-        if not found:
+        found = find_images(place)
+        for line in listing(found.left_out, place):
+            print(f"Left out of {place}: {line}", file=sys.stderr)
+        if not found.images:
             raise ValueError(f"There is no image in the folder {place}.")
-        files += found
+        files += found.images
     return files
 
 
 def as_text(prediction: Prediction) -> str:
     """Formats a prediction as text."""
-    classes = (f"{name} {100 * probability:.1f} %" for name, probability in prediction.classes)
-    return f"{prediction.file}: {', '.join(classes)}"
+    classes = (
+        f"{printable(name)} {100 * probability:.1f} %" for name, probability in prediction.classes
+    )
+    return f"{printable(str(prediction.file))}: {', '.join(classes)}"
 
 
 def as_json(prediction: Prediction) -> str:
@@ -134,18 +140,21 @@ def as_json(prediction: Prediction) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line; returns the exit code, which is 1 if a file was skipped."""
+    print_anything()
     try:
         config = tyro.cli(Config, prog=PROGRAM, args=arguments)
         files = find(config.images)
         classifier = load_classifier(config.weights)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     skipped = 0
     for prediction in predict(classifier, files, top=config.top, batch_size=config.batch_size):
         if prediction.error is not None:
             skipped += 1
-            print(f"Skipped {prediction.file}: {prediction.error}.", file=sys.stderr)
+            print(
+                f"Skipped {printable(str(prediction.file))}: {prediction.error}.", file=sys.stderr
+            )
         else:
             print(as_json(prediction) if config.json else as_text(prediction))
     if skipped:

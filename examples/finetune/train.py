@@ -26,7 +26,7 @@ from examples.finetune import devices, directory, logs, metrics, trials
 from examples.finetune.batches import TrainingBatches, load
 from examples.finetune.checkpoint import Checkpoints, Progress
 from examples.finetune.config import Config
-from examples.finetune.display import Display
+from examples.finetune.display import Display, introduce
 from examples.finetune.divergence import check_finite
 from examples.finetune.fingerprint import fingerprint
 from examples.finetune.freeze import complete, trained
@@ -61,6 +61,8 @@ def run(config: Config) -> Outcome:
     is_first = jax.process_index() == 0
     with directory.claim(config):
         dataset = load(config)
+        if is_first:
+            introduce(dataset)
         if config.output.overwrite:
             if is_first:
                 directory.clear(config.output.out)

@@ -9,7 +9,15 @@ from examples.common.data.batches import (
 )
 from examples.common.data.config import DataConfig
 from examples.common.data.dataset import Dataset, load
-from examples.common.data.images import CorruptImageError, augment, centre_crop, decode, pad_margin
+from examples.common.data.folders import find_images, listing
+from examples.common.data.images import (
+    CorruptImageError,
+    augment,
+    centre_crop,
+    decode,
+    pad_margin,
+    read_bytes,
+)
 from examples.common.data.sources import Source
 from examples.common.data.splits import hold_out
 
@@ -24,9 +32,12 @@ __all__ = [
     "centre_crop",
     "decode",
     "evaluation_batches",
+    "find_images",
     "hold_out",
+    "listing",
     "load",
     "pad_margin",
+    "read_bytes",
     "to_device",
     "train_batches",
 ]

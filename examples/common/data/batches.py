@@ -200,7 +200,7 @@ class _Readable:
                 if not self._skip:
                     raise
                 self._source.skip(error)
-        raise ValueError(f"None of the {len(self)} training images can be decoded.")
+        raise ValueError(f"None of the {len(self)} training images can be read.")
 
 
 class _Padded:

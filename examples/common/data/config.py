@@ -11,7 +11,8 @@ class DataConfig:
 
     dataset: str
     """A folder of images, or a name of tensorflow-datasets such as cifar10 or imagenet2012:5.1.0.
-    A folder contains `<class>/*.jpg`, or `train/<class>/*.jpg` and so on."""
+    A folder contains a folder of images for each class, or `train`, `validation` and `test`, each
+    with a folder for each class."""
     data_dir: str | None = None
     """Folder of the prepared sets of tensorflow-datasets; None: its default. Not for folders."""
     images_per_class: int | None = None
@@ -36,7 +37,7 @@ class DataConfig:
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """The smallest and the largest share of an image in a random resized crop."""
     on_corrupt: Literal["refuse", "skip"] = "refuse"
-    """Whether an image that cannot be decoded stops the run or is skipped with a warning."""
+    """Whether an image that cannot be read stops the run or is skipped with a warning."""
     workers: int = 8
     """Threads that read and augment images; 0: make each batch on demand."""
 

@@ -1,6 +1,7 @@
 """Images from folders or tensorflow-datasets, read and decoded on access."""
 
 import itertools
+import re
 import threading
 import warnings
 from dataclasses import dataclass
@@ -10,10 +11,8 @@ from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 
-from examples.common.data.images import CorruptImageError, decode
-
-_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-_SPLIT_FOLDERS = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
+from examples.common.data.images import CorruptImageError, decode, read_bytes
+from examples.common.text import printable
 
 
 class Example(TypedDict):
@@ -39,7 +38,7 @@ class Source:
     """Some of the images of a folder or a data set; ``source[i]`` decodes one.
 
     Attributes:
-        skipped: The reasons why images could not be decoded, by their names, for the images read
+        skipped: The reasons why images could not be read, by their names, for the images read
             so far.
     """
 
@@ -73,12 +72,22 @@ class Source:
         chosen = self._indices[:: -(-len(self) // most) or 1]
         return sum(self._images.n_bytes(int(index)) for index in chosen)
 
+    @property
+    def n_classes(self) -> int | None:
+        """The number of classes that occur; ``None`` if all records would have to be read."""
+        known = isinstance(self._images, FolderImages) or "labels" in vars(self._images)
+        return len(np.unique(self.labels)) if known else None
+
+    def is_part_of(self, other: "Source") -> bool:
+        """Whether both are parts of the same images."""
+        return self._images is other._images
+
     def select(self, indices: np.ndarray) -> "Source":
         """The images at ``indices``, in the order of this source."""
         return Source(self._images, self._indices[np.sort(indices)])
 
     def skip(self, error: CorruptImageError) -> None:
-        """Records an image that cannot be decoded, and warns the first time."""
+        """Records an image that cannot be read, and warns the first time."""
         with self._reporting:
             is_new = error.name not in self.skipped
             self.skipped[error.name] = error.reason
@@ -104,8 +113,13 @@ class FolderImages:
         return len(self.files)
 
     def read(self, index: int) -> Encoded:
-        """Reads the file at ``index``."""
-        return Encoded(self.files[index].read_bytes(), int(self.labels[index]), self.name(index))
+        """Reads the file at ``index``.
+
+        Raises:
+            CorruptImageError: If that is not possible.
+        """
+        name = printable(self.name(index))
+        return Encoded(read_bytes(self.files[index], name), int(self.labels[index]), name)
 
     def name(self, index: int) -> str:
         """The path of the file at ``index``, relative to the folder of the data set."""
@@ -114,71 +128,6 @@ class FolderImages:
     def n_bytes(self, index: int) -> int:
         """The size of the file at ``index``."""
         return self.files[index].stat().st_size
-
-
-def open_folder(root: Path) -> tuple[dict[str, Source], tuple[str, ...]]:
-    """Finds the images of a folder.
-
-    Args:
-        root: Contains ``<class>/*.jpg``, or ``train/<class>/*.jpg`` and likewise ``test`` and
-            ``validation`` (or ``val``).
-
-    Returns:
-        The splits, and the class names in the order of their labels (alphabetical).
-
-    Raises:
-        ValueError: If a class is empty, unknown to ``train`` or the only one.
-    """
-    folders = {_SPLIT_FOLDERS[f.name]: f for f in _subfolders(root) if f.name in _SPLIT_FOLDERS}
-    if folders and "train" not in folders:
-        raise ValueError(
-            f"{root} has {', '.join(folder.name for folder in folders.values())} but no train."
-        )
-    folders = folders or {"train": root}
-    class_names = tuple(folder.name for folder in _subfolders(folders["train"]))
-    if len(class_names) < 2:
-        raise ValueError(
-            f"{folders['train']} must have a folder of images for each of two or more classes; "
-            f"it has {len(class_names)}: {', '.join(class_names) or 'none'}."
-        )
-    return {
-        name: Source(_folder_images(root, folder, class_names)) for name, folder in folders.items()
-    }, class_names
-
-
-def _folder_images(root: Path, folder: Path, class_names: tuple[str, ...]) -> FolderImages:
-    present = {subfolder.name for subfolder in _subfolders(folder)}
-    if unknown := sorted(present - set(class_names)):
-        raise ValueError(
-            f"{folder} has classes that there are no training images of: {', '.join(unknown)}."
-        )
-    if missing := [name for name in class_names if name not in present]:
-        warnings.warn(f"{folder} has no images of {', '.join(missing)}.", stacklevel=4)
-    files, labels = [], []
-    for label, name in enumerate(class_names):
-        if name in present:
-            of_class = _image_files(folder / name)
-            files += of_class
-            labels += [label] * len(of_class)
-    return FolderImages(root, tuple(files), np.array(labels, np.int32))
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(
-        entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )
-
-
-def _image_files(folder: Path) -> list[Path]:
-    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    images = [entry for entry in entries if entry.suffix.lower() in _EXTENSIONS]
-    if not images:
-        found = sorted({entry.suffix or entry.name for entry in entries})
-        raise ValueError(
-            f"{folder} has no image: files must end in {', '.join(_EXTENSIONS)}; it has "
-            f"{', '.join(found[:5]) or 'nothing'}."
-        )
-    return images
 
 
 class TfdsImages:
@@ -302,6 +251,10 @@ def tfds_builder(name: str, data_dir: str | None) -> Any:
         ValueError: If there is no such data set.
         ImportError: Without tensorflow-datasets.
     """
+    neither = f"{name} is neither a folder here nor a name of tensorflow-datasets."
+    # Names of files and of the Hugging Face hub can have other characters.
+    if not re.fullmatch(r"\w+(:[\w.*]+)?(/[^\\]+)?(:[\w.*]+)?", name):
+        raise ValueError(neither)
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -314,6 +267,6 @@ def tfds_builder(name: str, data_dir: str | None) -> Any:
     try:
         return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(
-            f"{name} is neither a folder here nor a name of tensorflow-datasets."
-        ) from error
+        raise ValueError(neither) from error
+    except AssertionError as error:  # for a version that there is not
+        raise ValueError(str(error)) from error
