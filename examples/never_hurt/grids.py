@@ -252,7 +252,7 @@ GAINS = (
         *((SUMS[0], *SUMS[2:]), (0.1, 1.0, 10.0), range(3)),
     ),
 )
-GAINS_25 = Part(("cifar10",), ("cifar10",), CONTAINED, SUMS, TENFOLD[1:], range(3))
+GAINS_25 = Part(("cifar10",), ("cifar10",), CONTAINED[:1], SUMS, TENFOLD[2:], range(3))
 GAINS_PUBLIC = Part(
     *(("cifar10_resnet20.safetensors",), ("cifar10",), CONTAINED[:1]),
     *(SUMS, (10.0, 100.0), range(2)),
@@ -361,9 +361,20 @@ GRIDS: Mapping[str, Grid] = {
         ],
         learning_rates=(0.01, 0.03, 0.1),
     ),
-    # All tasks of the main question, with trial runs.
+    # Other pairs of the main question, with trial runs.
     "harm_wide": Grid(
-        [with_trial_runs(replace(HARM, strengths=(1.0, 1000.0)), held_out=3)],
+        [
+            with_trial_runs(
+                replace(HARM, sources=(source,), targets=(target,), strengths=(1.0, 1000.0)), 3
+            )
+            for source, target in (
+                ("tinyimagenet", "caltech101"),
+                ("medmnist", "cifar10"),
+                ("random_weights", "scene15"),
+                ("medmnist", "caltech101"),
+                ("gtsrb", "cifar10"),
+            )
+        ],
     ),
     # What the parts of the held-out preset do, on validation images alone.
     "references": Grid(
