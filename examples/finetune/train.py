@@ -313,6 +313,7 @@ def train(
             written.write(record)
             display.show(record)
 
+        display.message("Compiling the first step.")
         while step < training.steps:
             for _ in range(training.accumulate):
                 state, measured = program.train(state, task.source, next(batches))
