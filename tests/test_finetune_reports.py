@@ -22,7 +22,7 @@ from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 import dtnh_jax
-from examples.common import pretrained, resnet
+from examples.common import pretrained, resnet, text
 from examples.common.data import DataConfig
 from examples.common.resnet import ResNetConfig
 from examples.finetune import display, evaluate, figure, logs, metrics, predict, report
@@ -184,10 +184,10 @@ def test_a_resumed_run_leaves_the_files_of_an_uninterrupted_one(tmp_path, resume
     for killed_after in range(len(records) + 1):
         out = written(tmp_path / str(killed_after), records[:killed_after])
         # What has been written when the next is cut short in the middle of both files.
-        for path, text in zip(
+        for path, content in zip(
             (out / "metrics.jsonl", out / "metrics.csv"), contents(out), strict=True
         ):
-            path.write_bytes(text + b'{"step": 8, "spl')
+            path.write_bytes(content + b'{"step": 8, "spl')
         again = [record for record in records if record.step > resume_step]
         written(out, again, resume_step=resume_step)
         kept = [r for r in records[:killed_after] if r.step <= resume_step]
@@ -464,7 +464,7 @@ def test_confusion_is_drawn_as_shares_of_the_true_class(n_classes):
     np.testing.assert_allclose(shares[1:], 100 * matrix[1:] / matrix[1:].sum(1, keepdims=True))
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert len(labels) == -(-n_classes // -(-n_classes // 40)) <= 40
-    assert max(len(label) for label in labels) <= 21
+    assert max(len(label) for label in labels) <= 20
     numbers = [text for text in axes.texts if text.get_text()]
     assert len(numbers) == (np.count_nonzero(matrix) if n_classes <= 12 else 0)
 
@@ -595,6 +595,89 @@ def test_the_report_writes_its_files(tmp_path):
             assert min(image.size) > 300
 
 
+# What folders can be called, and what neither every terminal nor every font can show.
+NAMES = (
+    "花",
+    "кот λ",
+    "emoji🌸",
+    "$1_to_$100_bills",
+    r"$\frac$",
+    "caf\udce9",
+    "line\nbreak",
+    "*bold* _it_ `x` <b> [link](x) | ~~no~~",
+    "[bold]red[/bold] [/]",
+    ":car:",
+    "\x1b[31mred",
+    "a" * 60,
+)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_any_name_is_written_drawn_and_printed(tmp_path, encoding, monkeypatch):
+    """On a terminal that knows few characters, and with warnings as errors."""
+    confusion = np.ones((len(NAMES), len(NAMES)), np.int32)
+    outcome = an_outcome(tmp_path, class_names=NAMES, test=the_metrics(confusion))
+    config = dataclasses.replace(outcome.config, data=DataConfig(dataset="$1 花 $2 \udce9"))
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding))
+    text.print_anything()
+    report.report(dataclasses.replace(outcome, config=config), tmp_path / "out")
+    evaluate.report(outcome.test, NAMES, tmp_path / "out", text.plain_console())
+    for name in NAMES:
+        prediction = predict.Prediction(tmp_path / name, [(name, 0.5)])
+        print(predict.as_text(prediction), predict.as_json(prediction), flush=True)
+
+    printed = raw.getvalue().decode(encoding)
+    assert "\x1b" not in printed
+    for name in NAMES:
+        if name.isascii() and name.isprintable() and len(name) < 50:
+            assert name in printed
+    found = strict_json((tmp_path / "out" / "summary.json").read_text())
+    assert tuple(found["test"]["accuracy_of_class"]) == NAMES
+    found = strict_json((tmp_path / "out" / "evaluation.json").read_text())
+    assert tuple(found["accuracy_of_class"]) == NAMES
+    lines = (tmp_path / "out" / "summary.md").read_text(encoding="utf-8").splitlines()
+    assert all(line.count(" | ") in (1, 2) for line in lines if line.startswith("|"))
+    for file in ("curves.png", "confusion.png"):
+        with image_module.open(tmp_path / "out" / file) as image:
+            image.load()
+
+
+def test_what_fails_costs_only_what_comes_after(tmp_path, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, _):
+            raise OSError
+
+    with pytest.raises(OSError):  # noqa: PT011
+        report.report(an_outcome(tmp_path), tmp_path / "out", Console(file=Full()))
+    assert len(list((tmp_path / "out").iterdir())) == 4
+    monkeypatch.setattr(report, "draw", None)
+    with pytest.raises(TypeError):
+        report.report(an_outcome(tmp_path), tmp_path / "other")
+    assert len(list((tmp_path / "other").iterdir())) == 2
+
+
+def test_labels_say_what_the_font_has_and_tell_classes_apart():
+    assert figure.drawable("é λ $x$") == "é λ $x$"
+    assert figure.drawable("花\n\udce9") == r"\u82b1\n\xe9"
+    labels = {figure.shortened(f"a long beginning, then {end}") for end in ("one", "another")}
+    assert len(labels) == 2
+    assert max(map(len, labels)) <= 20
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("a_b weighted_sum", "a_b weighted_sum"),
+        ("_a_ *b*", r"\_a\_ \*b\*"),
+        ("x|y <b> [1]", r"x\|y \<b\> \[1\]"),
+        ("l\nb", r"l\\nb"),
+    ],
+)
+def test_markdown_shows_names_as_they_are(name, expected):
+    assert text.markdown(name) == expected
+
+
 def test_the_report_tells_what_to_do_about_it(tmp_path):
     throughput = Throughput(seconds=1.0, images_per_second=8.0, waiting=0.34)
     printed = reported(an_outcome(tmp_path, best_step=6, throughput=throughput), tmp_path)
@@ -713,6 +796,7 @@ def test_evaluate_counts_by_class_names_whatever_their_order(
 
 
 def test_classes_of_other_names_are_an_error_that_lists_them():
+    np.testing.assert_array_equal(evaluate.matched(("caf\u00e9", "b"), ("b", "cafe\u0301")), [1, 0])
     np.testing.assert_array_equal(evaluate.matched(("a", "b", "c"), ("c", "a", "b")), [1, 2, 0])
     with pytest.raises(ValueError, match="1 only in the data: d; 1 only in the weights: b"):
         evaluate.matched(("a", "d"), ("a", "b"))
@@ -805,6 +889,7 @@ def test_predict_names_and_skips_what_it_cannot_read(weights, folder, tmp_path, 
     assert line.startswith(f"{good}: ")
     skipped = printed.err.splitlines()
     assert [line.split(":")[0] for line in skipped] == [
+        f"Left out of {tmp_path}",
         f"Skipped {tmp_path / 'empty.jpg'}",
         f"Skipped {tmp_path / 'text.png'}",
         f"Skipped {missing}",

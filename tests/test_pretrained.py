@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 
 import jax
@@ -144,10 +145,19 @@ def test_hugging_face_keys_of_basic_blocks(config, tmp_path):
     assert_equal(source.network, some_network(config))
 
 
-@pytest.mark.parametrize("config", [CIFAR, BASIC], ids=["cifar", "imagenet"])
-def test_keys_of_a_parallel_module_are_known(config, tmp_path):
-    arrays = {f"module.{key}": array for key, array in arrays_of(config, tmp_path).items()}
-    arrays["module.bn1.num_batches_tracked"] = np.array(3)
+PREFIXES = ("module.", "_orig_mod.", "module._orig_mod.", "encoder.", "timm_model.", "a.b-c.1.")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "config"), [*((prefix, CIFAR) for prefix in PREFIXES), ("resnet.", BASIC)]
+)
+@pytest.mark.parametrize("of_some", [False, True])
+def test_keys_with_any_prefix_are_known(prefix, config, of_some, tmp_path):
+    arrays = {
+        key if of_some and key.startswith(("fc", "linear", "bn1")) else f"{prefix}{key}": array
+        for key, array in arrays_of(config, tmp_path).items()
+    }
+    arrays[f"{prefix}layer1.0.bn1.num_batches_tracked"] = np.array(3)
     source = pretrained.load(saved(arrays, tmp_path))
     assert source.config == config
     assert_equal(source.network, some_network(config))
@@ -161,6 +171,74 @@ def test_other_floats_become_float32(dtype, tmp_path):
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float32)}
     for leaf, exact in zip(leaves, jax.tree.leaves(some_network(BASIC)), strict=True):
         np.testing.assert_array_equal(leaf, np.asarray(exact).astype(dtype).astype(np.float32))
+
+
+def test_two_networks_in_a_file_are_refused(tmp_path):
+    arrays = arrays_of(CIFAR, tmp_path)
+    both = {f"{of}.{key}": array for of in ("student", "teacher") for key, array in arrays.items()}
+    with pytest.raises(ValueError, match=r"more than one network: student\.(.*) and teacher\.\1\."):
+        pretrained.load(saved(both, tmp_path))
+
+
+@pytest.mark.parametrize("rename", [str, "backbone.{}".format])
+@pytest.mark.parametrize("others", [(), ("fc.0.weight", "projector.2.bias", "queue")])
+def test_the_head_is_asked_for_where_it_is_used(rename, others, tmp_path):
+    arrays = {rename(key): array for key, array in arrays_of(BOTTLENECK, tmp_path).items()}
+    for name in ("fc.weight", "fc.bias"):
+        del arrays[rename(name)]
+    arrays |= dict.fromkeys(others, np.zeros((2, 2), np.float32))
+    path = saved(arrays, tmp_path)
+    with pytest.raises(ValueError, match=r"(?s)It has no head, .* missing: (backbone\.)?fc\.bias"):
+        pretrained.load(path)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        source = pretrained.load(path, needs_head=False)
+    told = [str(each.message) for each in caught if "another head" in str(each.message)]
+    assert len(told) == bool(others)
+    assert all(name in message for message in told for name in others)
+    _, network = pretrained.with_new_head(source, n_classes=9, seed=1)
+    expected = some_network(BOTTLENECK)
+    assert jax.tree.map(jnp.shape, network.params["head"]) == {"kernel": (64, 9), "bias": (9,)}
+    assert_equal(network.params | {"head": 0}, expected.params | {"head": 0})
+    assert_equal(network.batch_stats, expected.batch_stats)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(value, tmp_path):
+    arrays = arrays_of(CIFAR, tmp_path)
+    arrays["layer1.0.conv1.weight"][0, 0, 0, 0] = value
+    with pytest.raises(
+        ValueError, match=r"NaN or infinity in layer1\.0\.conv1\.weight, .*diverged"
+    ):
+        pretrained.load(saved(arrays, tmp_path))
+    large = {key: array.astype(np.float64) for key, array in arrays_of(CIFAR, tmp_path).items()}
+    large["linear.bias"][:] = 1e300
+    with (
+        np.errstate(over="ignore"),
+        pytest.raises(ValueError, match=r"NaN or infinity in linear\.bias"),
+    ):
+        pretrained.load(saved(large, tmp_path))
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2"])
+def test_a_dtype_that_cannot_be_read_is_named(dtype, tmp_path):
+    header = {"conv1.weight": {"dtype": dtype, "shape": [2], "data_offsets": [0, 2]}}
+    encoded = json.dumps(header).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(encoded).to_bytes(8, "little") + encoded + b"ab")
+    with pytest.raises(ValueError, match=r"conv1\.weight") as error:
+        pretrained.load(str(tmp_path / "a.safetensors"))
+    if "no ResNet" not in str(error.value):  # a NumPy that has it reads on
+        assert dtype in str(error.value)
+        assert "float32" in str(error.value)
+
+
+def test_a_wrong_network_is_told_in_few_lines(tmp_path):
+    arrays = arrays_of(BOTTLENECK, tmp_path)
+    wrong = {key.replace("conv", "convolution"): array for key, array in arrays.items()}
+    wrong |= {"layer1.0.conv3.weight": arrays["layer1.0.conv3.weight"]}
+    lines = refusal(wrong, tmp_path).splitlines()
+    assert len(lines) <= 1 + 2 * 11
+    assert sum("... and " in line for line in lines) == 2
 
 
 def refusal(arrays, tmp_path):
@@ -315,6 +393,60 @@ def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name, monkeypatch
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     with pytest.raises(FileNotFoundError, match=re.escape(f"no file or folder {name!r}")):
         pretrained.load(name)
+
+
+def test_shards_are_joined_by_their_index(tmp_path):
+    arrays = arrays_of(CIFAR, tmp_path / ".." / tmp_path.name)
+    (tmp_path / "exported.safetensors").unlink()
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    of_shard = [dict([*arrays.items()][i::2]) for i in (0, 1)]
+    for name, part in zip(shards, of_shard, strict=True):
+        saved(part, tmp_path, name)
+    index = {name: shard for shard, part in zip(shards, of_shard, strict=True) for name in part}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    for place in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        assert_equal(pretrained.load(str(place)).network, some_network(CIFAR))
+    with pytest.raises(ValueError, match="one of several shards: give the folder"):
+        pretrained.load(str(tmp_path / shards[0]))
+    (tmp_path / shards[1]).unlink()
+    with pytest.raises(
+        FileNotFoundError, match=rf"index\.json lists {shards[1]}, which is not there"
+    ):
+        pretrained.load(str(tmp_path))
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ValueError, match="is no index of shards"):
+        pretrained.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("pytorch_model.bin", r"It has pytorch_model\.bin: convert it with safetensors\.torch"),
+        ("best.pth", r"It has best\.pth: convert it"),
+        ("other.safetensors", r"It has other\.safetensors: give the path of that file"),
+    ],
+)
+def test_a_folder_with_other_weights_says_what_to_do(name, advice, tmp_path):
+    (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError, match=rf"no model\.safetensors in .* {advice}"):
+        pretrained.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        {"pretrained_cfg": None},
+        {"pretrained_cfg": [1]},
+        {"input_size": 224},
+        {"id2label": ["a"]},
+        {"id2label": {"x": "a"}},
+    ],
+)
+def test_a_description_of_another_form_is_refused(says, tmp_path):
+    exported(CIFAR, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(says))
+    with pytest.raises(ValueError, match=r"config\.json beside .* has not the form"):
+        pretrained.load(str(tmp_path))
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,18 @@ from examples.common import files, resnet
 from examples.common.resnet import IMAGENET_PLANS, Network, Plan, ResNetConfig, plan_of
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "config.json"
+INDEX = f"{WEIGHTS}.index.json"
 LeafPath = tuple[str, ...]
+# Where the name of an array begins, after the prefixes of modules around the network.
+_NAME = re.compile(
+    r"(conv1|bn1|layer\d+|fc|linear|classifier\.1|(resnet\.)?(embedder\.embedder|encoder\.stages))\."
+)
+# Layers after the network: other heads, and what self-supervised training adds.
+_HEADS = re.compile(
+    r"(fc|linear|classifier|heads?|project\w*|predict\w*|prototypes|mlp|queue\w*)\b"
+)
+_LISTED = 10
+_CONVERT = "safetensors.torch.save_file(torch.load(checkpoint), file)"
 
 
 class Pretrained(NamedTuple):
@@ -39,30 +52,35 @@ class Pretrained(NamedTuple):
     metadata: dict[str, str]
 
 
-def load(name_or_path: str, *, revision: str | None = None) -> Pretrained:
+def load(name_or_path: str, *, revision: str | None = None, needs_head: bool = True) -> Pretrained:
     """Loads a ResNet.
 
     The architecture is inferred from the keys, which are those of torchvision and timm, of Hugging
-    Face transformers, or of akamaster/pytorch_resnet_cifar10. A network that this project would
-    compute differently is refused.
+    Face transformers, or of akamaster/pytorch_resnet_cifar10, after prefixes such as ``module.``.
+    A network that this project would compute differently is refused.
 
     Args:
-        name_or_path: A ``.safetensors`` file, a folder that has a ``model.safetensors``, or a name
-            on the hub such as ``timm/resnet18.a1_in1k``. An existing path takes precedence.
+        name_or_path: A ``.safetensors`` file, a folder that has a ``model.safetensors`` or the
+            index of its shards, or a name on the hub such as ``timm/resnet18.a1_in1k``. An existing
+            path takes precedence.
         revision: A branch, tag or commit on the hub.
+        needs_head: Whether the network must have its head. If not, a missing one becomes zeros with
+            one logit, and layers of another head are left out with a warning.
 
     Returns:
         The network. Its arrays are converted to float32.
 
     Raises:
         FileNotFoundError: If there is no such path, and the hub does not provide it either.
-        ValueError: If the file is damaged, or has a missing, unused or mis-shaped key, or its
-            ``config.json`` describes another network.
+        ValueError: If the file is damaged, or has a missing, unused or mis-shaped key, or numbers
+            that are not finite, or its ``config.json`` describes another network.
     """
     weights, description = _locate(name_or_path, revision)
     arrays, header = _read(weights)
+    keys = _without_prefixes(arrays, weights)
+    arrays = {name: arrays[key] for name, key in keys.items()}
     config = _infer_config(arrays, weights)
-    network = _from_torch(arrays, config, weights)
+    network = _from_torch(arrays, keys, config, weights, needs_head)
     metadata = _metadata(description, config, weights)
     return Pretrained(config, network, header | metadata)
 
@@ -104,16 +122,31 @@ def _locate(name_or_path: str, revision: str | None) -> tuple[Path, dict[str, An
             "this machine. Leave the revision out, or rename the path."
         )
     if path.is_file():
+        if re.search(r"-\d+-of-\d+\.safetensors$", path.name) and (path.parent / INDEX).is_file():
+            raise ValueError(f"{path} is one of several shards: give the folder, {path.parent}.")
         return path, {}
-    if not (path / WEIGHTS).is_file():
-        raise FileNotFoundError(f"There is no {WEIGHTS} in {path}. Give the path of a file.")
+    weights = next((path / name for name in (WEIGHTS, INDEX) if (path / name).is_file()), None)
+    if weights is None:
+        raise FileNotFoundError(f"There is no {WEIGHTS} in {path}. {_advice(path)}")
     description = path / DESCRIPTION
     if not description.is_file():
-        return path / WEIGHTS, {}
+        return weights, {}
     try:
-        return path / WEIGHTS, dict(json.loads(description.read_text()))
+        return weights, dict(json.loads(description.read_text()))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{description} is no JSON object: {error}") from error
+
+
+def _advice(folder: Path) -> str:
+    """What to do in a folder without weights of the usual name."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    for extensions, advice in (
+        ((".safetensors",), "give the path of that file."),
+        ((".bin", ".pth", ".pt", ".ckpt", ".tar"), f"convert it with {_CONVERT}."),
+    ):
+        if found := [name for name in names if name.endswith(extensions)]:
+            return f"It has {', '.join(found[:3])}: {advice}"
+    return "Give the path of a file."
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -138,15 +171,59 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def _read(weights: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """All arrays and the header of a file, or of the shards that an index lists."""
+    if weights.name.endswith(".index.json"):
+        try:
+            shards = sorted(set(json.loads(weights.read_text())["weight_map"].values()))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{weights} is no index of shards: {error!r}") from error
+        if missing := [name for name in shards if not (weights.parent / name).is_file()]:
+            raise FileNotFoundError(f"{weights} lists {', '.join(missing)}, which is not there.")
+        parts = [_read(weights.parent / name) for name in shards]
+        arrays = {key: array for part, _ in parts for key, array in part.items()}
+        return arrays, parts[0][1] if parts else {}
     try:
         with safetensors.safe_open(weights, framework="np") as file:
-            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            arrays = {key: _read_array(file, key, weights) for key in file.keys()}  # noqa: SIM118
             return arrays, file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise ValueError(
             f"{weights} is damaged or no safetensors file ({error}). A PyTorch checkpoint becomes "
-            "one with safetensors.torch.save_file(torch.load(checkpoint), file)."
+            f"one with {_CONVERT}."
         ) from error
+
+
+def _read_array(file: Any, key: str, weights: Path) -> np.ndarray:
+    try:
+        return file.get_tensor(key)
+    except safetensors.SafetensorError:
+        raise
+    except Exception as error:  # of several types, for dtypes that NumPy lacks
+        raise ValueError(
+            f"{key} in {weights} is {file.get_slice(key).get_dtype()}, a dtype that cannot be read "
+            "here. Save the weights in float32."
+        ) from error
+
+
+def _without_prefixes(arrays: Mapping[str, Any], weights: Path) -> dict[str, str]:
+    """The key of each array by its name in the network, without prefixes such as ``module.``.
+
+    Raises:
+        ValueError: If a name comes twice, because there are several networks.
+    """
+    keys: dict[str, str] = {}
+    for key in arrays:
+        starts = [0, *(found.end() for found in re.finditer(r"\.", key))]
+        name = next((key[start:] for start in starts if _NAME.match(key, start)), key)
+        if name.startswith(("embedder.", "encoder.stages.")):  # a network without a head
+            name = f"resnet.{name}"
+        if name in keys:
+            raise ValueError(
+                f"{weights} has more than one network: {keys[name]} and {key}. Save a file with "
+                "the arrays of one of them."
+            )
+        keys[name] = key
+    return keys
 
 
 def _infer_config(arrays: Mapping[str, np.ndarray], weights: Path) -> ResNetConfig:
@@ -168,14 +245,15 @@ def _infer_config(arrays: Mapping[str, np.ndarray], weights: Path) -> ResNetConf
     architecture = next((name for name, plan in plans.items() if plan == wanted), None)
     if architecture is None:
         raise ValueError(
-            f"{weights} is no ResNet that is known here: by its keys it has "
+            f"{weights} is no ResNet that is known here: by its keys ({', '.join([*arrays][:3])}, "
+            "...) it has "
             f"{wanted.blocks or 'no'} {'bottleneck' if wanted.bottleneck else 'basic'} blocks a "
             f"stage. Known are {', '.join(IMAGENET_PLANS)}, and cifar_resnetN, which has the same "
             "number of basic blocks in each of three stages."
         )
 
     def n_outputs(layer: str) -> int | None:
-        name = rf"(module\.)?({layer})\.(weight|bias)"
+        name = rf"({layer})\.(weight|bias)"
         of_layer = (array for key, array in arrays.items() if re.fullmatch(name, key))
         return next((len(array) for array in of_layer if array.ndim > 0), None)
 
@@ -187,43 +265,79 @@ def _infer_config(arrays: Mapping[str, np.ndarray], weights: Path) -> ResNetConf
     return config if is_usual else dataclasses.replace(config, width=width)
 
 
-def _from_torch(arrays: Mapping[str, np.ndarray], config: ResNetConfig, weights: Path) -> Network:
+def _from_torch(
+    arrays: Mapping[str, np.ndarray],
+    keys: Mapping[str, str],
+    config: ResNetConfig,
+    weights: Path,
+    needs_head: bool,
+) -> Network:
     """Makes a network of the arrays, which must match its own exactly."""
     shapes = _leaves(jax.eval_shape(lambda: resnet.init(config, 0)))
-    is_huggingface = any("encoder.stages." in key for key in arrays)
-    prefix = "module." if all(key.startswith("module.") for key in arrays) else ""
-    names = {
-        path: _huggingface_key(path) if is_huggingface else _torchvision_key(path, config)
+    is_huggingface = any("encoder.stages." in name for name in arrays)
+    paths = {
+        _huggingface_key(path) if is_huggingface else _torchvision_key(path, config): path
         for path in shapes
     }
-    paths = {prefix + name: path for path, name in names.items()}
     # These counters are for batch norm without momentum, which is not used here.
     counters = {
-        key.replace("running_mean", "num_batches_tracked")
-        for key in paths
-        if key.endswith("running_mean")
+        name.replace("running_mean", "num_batches_tracked")
+        for name in paths
+        if name.endswith("running_mean")
     }
-    faults = [f"missing: {key}" for key in sorted(paths.keys() - arrays.keys())]
-    faults += [f"unused: {key}" for key in sorted(arrays.keys() - paths.keys() - counters)]
-    leaves = {}
-    for key in sorted(paths.keys() & arrays.keys()):
-        shape = shapes[paths[key]].shape
+    unused = arrays.keys() - paths.keys() - counters
+    head = {name for name, path in paths.items() if path[0] == "head"}
+    new_head = not needs_head and not head <= arrays.keys()
+    if not needs_head and (others := sorted(name for name in unused if _HEADS.match(name))):
+        named = ", ".join(keys[name] for name in others[:3])
+        warnings.warn(
+            f"{len(others)} arrays of another head in {weights} are left out: {named}.",
+            stacklevel=3,
+        )
+        unused -= set(others)
+    if new_head:
+        unused -= head
+        paths = {name: path for name, path in paths.items() if name not in head}
+
+    prefixes = Counter(key.removesuffix(name) for name, key in keys.items() if key.endswith(name))
+    prefix = prefixes.most_common(1)[0][0] if prefixes else ""
+    missing = sorted(paths.keys() - arrays.keys())
+    faults = _listed("missing", [prefix + name for name in missing])
+    faults += _listed("unused", sorted(keys[name] for name in unused))
+    leaves, shaped, typed = {}, [], []
+    for name in sorted(paths.keys() & arrays.keys()):
+        array, shape = arrays[name], shapes[paths[name]].shape
         wanted = tuple(shape[axis] for axis in _TO_TORCH.get(len(shape), range(len(shape))))
-        if arrays[key].shape != wanted:
-            faults.append(f"mis-shaped: {key} is {arrays[key].shape}, and should be {wanted}")
-        elif not jnp.issubdtype(arrays[key].dtype, jnp.floating):
-            faults.append(f"mis-typed: {key} is {arrays[key].dtype}, and should be floating point")
+        if array.shape != wanted:
+            shaped.append(f"{keys[name]} is {array.shape}, and should be {wanted}")
+        elif not jnp.issubdtype(array.dtype, jnp.floating):
+            typed.append(f"{keys[name]} is {array.dtype}, and should be floating point")
         else:
-            leaves[paths[key]] = jnp.asarray(
-                _transposed(arrays[key], _FROM_TORCH).astype(np.float32)
-            )
+            leaves[name] = _transposed(array, _FROM_TORCH).astype(np.float32)
+    faults += _listed("mis-shaped", shaped) + _listed("mis-typed", typed)
     if faults:
+        no_head = " It has no head, which is needed here." if head & set(missing) else ""
         raise ValueError(
             f"{weights} is not the {config.architecture} that is computed here, which its keys are "
-            f"closest to:\n  " + "\n  ".join(faults)
+            f"closest to.{no_head}\n  " + "\n  ".join(faults)
         )
-    averages = {path: leaves.pop(path) for path in list(leaves) if path[-1] in ("mean", "var")}
-    return Network(*(traverse_util.unflatten_dict(tree) for tree in (leaves, averages)))
+    if wrong := [keys[name] for name, leaf in leaves.items() if not np.isfinite(leaf).all()]:
+        more = f" and {len(wrong) - 3} more arrays" if wrong[3:] else ""
+        raise ValueError(
+            f"{weights} has NaN or infinity in {', '.join(wrong[:3])}{more}, so that its "
+            "logits are not finite. The training that wrote it diverged: use an earlier checkpoint."
+        )
+    tree = {paths[name]: jnp.asarray(leaf) for name, leaf in leaves.items()}
+    if new_head:
+        tree |= {path: jnp.zeros(leaf.shape) for path, leaf in shapes.items() if path[0] == "head"}
+    averages = {path: tree.pop(path) for path in list(tree) if path[-1] in ("mean", "var")}
+    return Network(*(traverse_util.unflatten_dict(each) for each in (tree, averages)))
+
+
+def _listed(fault: str, items: Sequence[str]) -> list[str]:
+    """A line for each item, but not for hundreds."""
+    more = [f"... and {len(items) - _LISTED} more {fault}"] if items[_LISTED:] else []
+    return [f"{fault}: {item}" for item in items[:_LISTED]] + more
 
 
 def _metadata(
@@ -249,14 +363,20 @@ def _metadata(
             f"says {others}, and this project computes {as_computed}. If both are the same "
             "network, give the path of the file instead of its folder's or the hub's name."
         )
-    of_timm = description.get("pretrained_cfg", description)
-    labels = description.get("id2label", {})
-    known = {
-        "class_names": [labels[key] for key in sorted(labels, key=int)] or None,
-        "image_size": of_timm.get("input_size", [None])[-1],
-        "mean": of_timm.get("mean"),
-        "std": of_timm.get("std"),
-    }
+    try:
+        of_timm = description.get("pretrained_cfg", description)
+        labels = description.get("id2label") or {}
+        known = {
+            "class_names": [labels[key] for key in sorted(labels, key=int)] or None,
+            "image_size": of_timm.get("input_size", [None])[-1],
+            "mean": of_timm.get("mean"),
+            "std": of_timm.get("std"),
+        }
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"The {DESCRIPTION} beside {weights} has not the form of timm's or transformers' "
+            f"({error}). Mend it, or give the path of the file of weights."
+        ) from error
     return {
         "architecture": config.architecture,
         "n_classes": str(config.n_classes),

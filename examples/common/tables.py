@@ -1,22 +1,27 @@
 """Tables as text: rows of strings, the first of which is the header."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
-def as_markdown_table(rows: Sequence[Sequence[str]]) -> str:
+def _escaped_bar(cell: str) -> str:
+    return cell.replace("|", r"\|")
+
+
+def as_markdown_table(
+    rows: Sequence[Sequence[str]], escape: Callable[[str], str] = _escaped_bar
+) -> str:
     """Formats a table in Markdown.
 
     Args:
         rows: The header, then the rows of the body.
+        escape: Escapes a cell: only ``|`` by default, so that cells can have Markdown.
 
     Returns:
         The table, without a newline at its end.
     """
     header, *body = rows
     lines = [header, ["---"] * len(header), *body]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines
-    )
+    return "\n".join("| " + " | ".join(map(escape, line)) + " |" for line in lines)
 
 
 def as_latex_table(rows: Sequence[Sequence[str]]) -> str:

@@ -20,11 +20,15 @@ def printable(text: str) -> str:
     Returns:
         The text, with escapes such as ``\xe9`` for bytes that are no text and for controls.
     """
-    characters = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(
-        ascii(each)[1:-1] if unicodedata.category(each) in _UNPRINTABLE else each
-        for each in characters
+        _escape(each) if unicodedata.category(each) in _UNPRINTABLE else each for each in text
     )
+
+
+def _escape(character: str) -> str:
+    code = ord(character)
+    is_byte = 0xDC80 <= code <= 0xDCFF
+    return f"\\x{code - 0xDC00:02x}" if is_byte else ascii(character)[1:-1]
 
 
 def normalized(name: str) -> str:

@@ -7,6 +7,7 @@ from typing import get_args
 
 import tyro
 
+from examples.common.text import print_anything
 from examples.finetune import train
 from examples.finetune.checkpoint import CheckpointError
 from examples.finetune.config import Config, PresetName, preset
@@ -35,6 +36,7 @@ def parse(arguments: list[str]) -> Config:
 
 def main(arguments: list[str]) -> int:
     """Fine-tunes and reports the results; returns the exit code."""
+    print_anything()
     try:
         train.run(parse(arguments))
     except StoppedError as stopped:

@@ -9,9 +9,9 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
-from rich.console import Console
 
 from examples.common.tables import as_markdown_table
+from examples.common.text import markdown, plain_console, print_anything
 from examples.finetune.report import as_rich
 
 PROGRAM = "python -m examples.finetune.compare"
@@ -121,6 +121,7 @@ def spread(values: Sequence[float], sign: str = "") -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Compares the runs of the command line; returns the exit code."""
+    print_anything()
     try:
         config = tyro.cli(Config, prog=PROGRAM, args=arguments)
         runs = [read(directory) for directory in config.runs]
@@ -130,11 +131,11 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     if config.markdown:
-        print(as_markdown_table(table))
+        print(as_markdown_table(table, markdown))
     else:
         # Long lines are better than truncated numbers.
         width = sum(max(map(len, column)) + 2 for column in zip(*table, strict=True))
-        console = Console(highlight=False, markup=False)
+        console = plain_console()
         console.width = max(console.width, width)
         console.print(as_rich(table, numbers=True))
     return 0

@@ -80,10 +80,7 @@ class Display:
         self._task_id = self._bar.add_task("", total=total, completed=start, rate="")
 
     def __enter__(self) -> Self:
-        self._bar.text = "compiling the first step"
         self._bar.start()
-        if self._plain:
-            self.message(self._bar.text)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -19,12 +19,13 @@ from examples.common.data import DataConfig, Source
 from examples.common.files import write
 from examples.common.resnet import Network, ResNetConfig
 from examples.common.standardisation import standardise
+from examples.common.text import normalized, plain_console, print_anything, printable
 from examples.finetune import metrics
 from examples.finetune.display import introduce
-from examples.finetune.figure import draw_confusion, most_confused
+from examples.finetune.figure import as_png, draw_confusion, most_confused
 from examples.finetune.logs import as_json
 from examples.finetune.metrics import Metrics
-from examples.finetune.report import as_png, as_rich, percent
+from examples.finetune.report import as_rich, percent
 
 PROGRAM = "python -m examples.finetune.evaluate"
 LISTED_CLASSES = 20
@@ -151,11 +152,12 @@ def evaluate(
 
 
 def matched(of_data: Sequence[str], of_weights: Sequence[str]) -> np.ndarray:
-    """The label in the weights of each class of the data, by its name.
+    """The label in the weights of each class of the data, by its name in the same Unicode form.
 
     Raises:
         ValueError: If the names differ.
     """
+    of_data, of_weights = ([normalized(name) for name in names] for names in (of_data, of_weights))
     unknown, absent = sorted({*of_data} - {*of_weights}), sorted({*of_weights} - {*of_data})
     if unknown or absent:
         differences = [
@@ -183,7 +185,20 @@ def class_rows(found: Metrics, class_names: Sequence[str]) -> list[list[str]]:
 
 
 def report(found: Metrics, class_names: Sequence[str], out: Path | None, console: Console) -> None:
-    """Prints the metrics and the classes; writes numbers and figure if ``out`` is given."""
+    """Writes numbers and figure if ``out`` is given; then prints the metrics and the classes."""
+    if out is not None:
+        of_class = dict(zip(class_names, found.recalls.tolist(), strict=True))
+        confused = [
+            {"class": class_names[true], "taken_for": class_names[predicted], "images": n_images}
+            for true, predicted, n_images in most_confused(found.confusion, 100)
+        ]
+        content = as_json(found.scalars | {"accuracy_of_class": of_class})
+        content |= {"most_confused": confused}
+        title = f"{found.n} images, {percent(found.accuracy)} correct"
+        out.mkdir(parents=True, exist_ok=True)
+        write(out / "evaluation.json", json.dumps(content, indent=1, allow_nan=False).encode())
+        figure = draw_confusion(found.confusion, class_names, title=title)
+        write(out / "confusion.png", as_png(figure))
     rows = [
         ["images", str(found.n)],
         ["accuracy", percent(found.accuracy)],
@@ -197,19 +212,8 @@ def report(found: Metrics, class_names: Sequence[str], out: Path | None, console
     console.print(as_rich(of_classes[: LISTED_CLASSES + 1], numbers=True))
     if len(class_names) > LISTED_CLASSES:
         console.print(f"... and {len(class_names) - LISTED_CLASSES} classes with higher accuracy.")
-    if out is None:
-        return
-    of_class = dict(zip(class_names, found.recalls.tolist(), strict=True))
-    confused = [
-        {"class": class_names[true], "taken_for": class_names[predicted], "images": n_images}
-        for true, predicted, n_images in most_confused(found.confusion, 100)
-    ]
-    content = as_json(found.scalars | {"accuracy_of_class": of_class}) | {"most_confused": confused}
-    title = f"{found.n} images, {percent(found.accuracy)} correct"
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "evaluation.json", json.dumps(content, indent=1, allow_nan=False).encode())
-    write(out / "confusion.png", as_png(draw_confusion(found.confusion, class_names, title=title)))
-    console.print(f"Written to {out}: evaluation.json, confusion.png.")
+    if out is not None:
+        console.print(f"Written to {printable(str(out))}: evaluation.json, confusion.png.")
 
 
 def run(config: Config) -> tuple[Metrics, tuple[str, ...]]:
@@ -231,10 +235,11 @@ def run(config: Config) -> tuple[Metrics, tuple[str, ...]]:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line; returns the exit code."""
+    print_anything()
     try:
         config = tyro.cli(Config, prog=PROGRAM, args=arguments)
         found, class_names = run(config)
-        report(found, class_names, config.out, Console(highlight=False, markup=False))
+        report(found, class_names, config.out, plain_console())
     except (ValueError, OSError, ImportError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1

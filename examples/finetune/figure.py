@@ -1,13 +1,17 @@
 """Figures of a run: learning curves, the conflict by layer and step, and the confusion matrix."""
 
+import io
 import itertools
 from collections.abc import Iterable, Sequence
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from sklearn.metrics import ConfusionMatrixDisplay
 
+from examples.common.text import printable
 from examples.finetune.logs import Record
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -17,6 +21,11 @@ MAX_COLUMNS = 400
 NAMED_CELLS, NAMED_CLASSES = 12, 40  # most classes with numbers in the cells; most tick labels
 
 
+# Text of the user's is no formula, though it have a dollar sign.
+without_formulas = matplotlib.rc_context({"text.parse_math": False})
+
+
+@without_formulas
 def draw(
     records: Sequence[Record],
     layer_order: Sequence[str],
@@ -44,7 +53,7 @@ def draw(
         panels.remove("reg")
     map_height = min(max(ROW_HEIGHT * len(groups), 2), MAP_HEIGHT)
     figure = Figure(figsize=(11, 3.2 + (map_height + 0.6 if groups else 0)), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(drawable(title))
     if groups:
         heights = (2.9, map_height + 0.6)
         upper, lower = figure.subfigures(2, 1, height_ratios=heights, squeeze=False)[:, 0]
@@ -191,6 +200,7 @@ def row_labels(groups: Sequence[str], room: int) -> tuple[list[float], list[str]
     return rows, labels, ends[:-1] if len(runs) < len(groups) else []
 
 
+@without_formulas
 def draw_confusion(matrix: np.ndarray, class_names: Sequence[str], *, title: str = "") -> Figure:
     """Draws a confusion matrix, coloured by the share of the true class.
 
@@ -210,7 +220,7 @@ def draw_confusion(matrix: np.ndarray, class_names: Sequence[str], *, title: str
     listed = n_classes > NAMED_CELLS
     side = min(max(0.5 * n_classes, 3.5), 6.5)
     figure = Figure(figsize=(side + 2.5 + 4 * listed, side + 1.5), layout="compressed")
-    axes = figure.add_subplot(title=title, facecolor="0.8")
+    axes = figure.add_subplot(title=drawable(title), facecolor="0.8")
     display = ConfusionMatrixDisplay(100 * share, display_labels=names)
     display.plot(
         ax=axes,
@@ -259,7 +269,24 @@ def most_confused(matrix: np.ndarray, most: int) -> list[tuple[int, int, int]]:
     return [(int(i), int(j), int(wrong[i, j])) for i, j in pairs if wrong[i, j]]
 
 
+@without_formulas
+def as_png(figure: Figure) -> bytes:
+    """Encodes a figure as PNG."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120, bbox_inches="tight")
+    return content.getvalue()
+
+
 def shortened(name: str, length: int = 20) -> str:
-    """Shortens a name for a label, and escapes ``$``, which starts a formula in Matplotlib."""
-    name = name if len(name) <= length else name[: length - 1] + "…"
-    return name.replace("$", r"\$")
+    """A name for a label. A long one loses its middle, as beginnings are often the same."""
+    name = drawable(name)
+    half = length // 2
+    return name if len(name) <= length else f"{name[: half - 1]}…{name[len(name) - half :]}"
+
+
+def drawable(text: str) -> str:
+    r"""Replaces what the font does not have by escapes such as ``\u82b1``."""
+    font = get_font(findfont(FontProperties()))
+    return "".join(
+        each if font.get_char_index(ord(each)) else ascii(each)[1:-1] for each in printable(text)
+    )

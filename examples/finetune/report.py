@@ -1,6 +1,5 @@
 """The report of a run: tables, sentences and figures, printed and written to files."""
 
-import io
 import json
 import platform
 from collections.abc import Sequence
@@ -12,16 +11,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from examples.common.files import write
 from examples.common.tables import as_markdown_table
+from examples.common.text import markdown, plain_console, printable
 from examples.finetune import logs
 from examples.finetune.checkpoint import as_dict
 from examples.finetune.config import Config
-from examples.finetune.figure import draw, draw_confusion, in_network_order
+from examples.finetune.figure import as_png, draw, draw_confusion, in_network_order
 from examples.finetune.logs import Record
 from examples.finetune.meter import Throughput
 from examples.finetune.metrics import Metrics
@@ -57,43 +56,41 @@ class Outcome:
 
 
 def report(outcome: Outcome, out: Path, console: Console | None = None) -> None:
-    """Prints tables and sentences; writes them, the numbers and the figures to ``out``."""
-    console = console or Console(highlight=False, markup=False)
+    """Writes tables, sentences, numbers and figures to ``out``, and then prints them."""
+    console = console or plain_console()
     settings, scores, sentences = setting_rows(outcome), score_rows(outcome), summary(outcome)
+    out.mkdir(parents=True, exist_ok=True)
+    # Each file is written before the next is made: what fails costs only what comes after it.
+    write(out / "summary.json", json.dumps(as_json(outcome), indent=1, allow_nan=False).encode())
+    write(out / "summary.md", as_markdown(settings, scores, sentences).encode())
+    chosen = [value for name, value in settings if name in ("regularizer", "rule")]
+    title = ", ".join([settings[0][1], outcome.architecture, *chosen])
+    curves = draw(outcome.records, outcome.layer_order, title=title, best_step=outcome.best_step)
+    write(out / "curves.png", as_png(curves))
+    confusion = draw_confusion(
+        outcome.test.confusion,
+        outcome.class_names,
+        title=f"test images, {percent(outcome.test.accuracy)} correct",
+    )
+    write(out / "confusion.png", as_png(confusion))
+
     console.print(as_rich(settings))
     console.print()
     console.print(as_rich(scores, numbers=True))
     console.print()
     for sentence in sentences:
         console.print(sentence)
-
-    chosen = [value for name, value in settings if name in ("regularizer", "rule")]
-    title = ", ".join([settings[0][1], outcome.architecture, *chosen])
-    curves = draw(outcome.records, outcome.layer_order, title=title, best_step=outcome.best_step)
-    confusion = draw_confusion(
-        outcome.test.confusion,
-        outcome.class_names,
-        title=f"test images, {percent(outcome.test.accuracy)} correct",
+    console.print(
+        f"Written to {printable(str(out))}: summary.md, summary.json, curves.png, confusion.png."
     )
-    files = {
-        "summary.md": as_markdown(settings, scores, sentences).encode(),
-        "summary.json": json.dumps(as_json(outcome), indent=1, allow_nan=False).encode(),
-        "curves.png": as_png(curves),
-        "confusion.png": as_png(confusion),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write(out / name, content)
-    console.print(f"Written to {out}: {', '.join(files)}.")
 
 
 def setting_rows(outcome: Outcome) -> list[list[str]]:
     """The settings, as pairs of a name and a value."""
     config, transfer = outcome.config, outcome.config.transfer
-    name = Path(config.data.dataset).name
+    name = printable(Path(config.data.dataset).name)
     source = config.model.init or "random weights"
-    if Path(source).exists():
-        source = Path(source).name
+    source = printable(Path(source).name if Path(source).exists() else source)
     rows = [
         ["data set", f"{name}, {len(outcome.class_names)} classes"],
         ["network", f"{outcome.architecture} from {source}"],
@@ -141,9 +138,13 @@ def summary(outcome: Outcome) -> list[str]:
         f"the most frequent class would give {percent(test.images.max() / test.n)}."
     ]
     of_class = test.recalls.tolist()
-    worst = [index for index in np.argsort(of_class, kind="stable") if of_class[index] < 1][:3]
+    order = np.argsort(of_class, kind="stable").tolist()
+    worst = [index for index in order if of_class[index] < 1][:3]
     if worst:
-        named = (f"{outcome.class_names[index]} {percent(of_class[index])}" for index in worst)
+        named = (
+            f"{printable(str(outcome.class_names[index]))} {percent(of_class[index])}"
+            for index in worst
+        )
         sentences.append(f"The hardest classes: {', '.join(named)}.")
     if outcome.trial is not None:
         sentences.append(str(outcome.trial))
@@ -219,7 +220,7 @@ def as_rich(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> Table:
     for index, name in enumerate(head):
         table.add_column(name, justify="right" if numbers and index else "left")
     for row in body:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     return table
 
 
@@ -227,8 +228,8 @@ def as_markdown(
     settings: Sequence[Sequence[str]], scores: Sequence[Sequence[str]], sentences: Sequence[str]
 ) -> str:
     """Formats the tables and the sentences in Markdown."""
-    tables = [as_markdown_table(rows) for rows in ([["", ""], *settings], scores)]
-    return "\n\n".join([*tables, "\n".join(sentences)]) + "\n"
+    tables = [as_markdown_table(rows, markdown) for rows in ([["", ""], *settings], scores)]
+    return "\n\n".join([*tables, "\n".join(map(markdown, sentences))]) + "\n"
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
@@ -252,10 +253,3 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "devices": f"{len(devices)} × {devices[0].device_kind}",
         **logs.as_json(numbers),
     }
-
-
-def as_png(figure: Figure) -> bytes:
-    """Encodes a figure as PNG."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120, bbox_inches="tight")
-    return content.getvalue()

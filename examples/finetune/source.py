@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -27,6 +27,16 @@ from examples.finetune.config import Config, TransferConfig
 
 # Images that go through the network at once in an estimation.
 ESTIMATION_BATCH = 32
+# Networks for CIFAR are applied to larger images with a warning.
+LARGEST_FOR_CIFAR = 96
+# Regularizers that use the head of the pre-trained network. Others do without.
+OF_THE_OLD_HEAD = (
+    "co_tuning",
+    "distillation",
+    "l2_sp_fisher",
+    "label_smoothing",
+    "logit_matching",
+)
 # Standardised images and their labels, the same ones at each call.
 EstimationBatches = Callable[[], Iterator[tuple[jax.Array, jax.Array]]]
 
@@ -51,7 +61,14 @@ def load_source(config: Config, n_classes: int) -> Pretrained:
     """
     chosen, regularizer = config.model, config.transfer.regularizer
     if chosen.init is not None:
-        source = pretrained.load(chosen.init)
+        source = pretrained.load(chosen.init, needs_head=regularizer in OF_THE_OLD_HEAD)
+        size = config.data.image_size
+        if source.config.plan.cifar and size > LARGEST_FOR_CIFAR:
+            warnings.warn(
+                f"{source.config.architecture} is a network for images of 32 pixels, and "
+                f"image_size is {size}: use --preset cpu, or --image-size 32.",
+                stacklevel=2,
+            )
         if chosen.architecture not in (None, source.config.architecture) or chosen.width:
             raise ValueError(
                 f"The weights in {chosen.init} are of {source.config.architecture}: omit "
@@ -189,12 +206,29 @@ def _outputs(
 def _estimation_images(config: Config, dataset: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """A random sample of the training images with labels, in full batches.
 
-    Every process reads all of them, so that all processes get the same estimate.
+    Images that are skipped count for nothing. Every process reads all of them, so that all
+    processes get the same estimate.
+
+    Raises:
+        ValueError: If none can be read.
     """
     rng = np.random.default_rng(config.training.seed)
     n_images = min(config.transfer.estimation_images, len(dataset.train))
     sample = dataset.train.select(rng.permutation(len(dataset.train))[:n_images])
     size = min(ESTIMATION_BATCH, n_images)
-    batches = data.evaluation_batches(sample, config.data, batch_size=size)
-    for batch in itertools.islice(batches, n_images // size):
-        yield batch.images[batch.valid], batch.labels[batch.valid]
+    waiting, full = [], False
+    for batch in data.evaluation_batches(sample, config.data, batch_size=size):
+        waiting += list(zip(batch.images[batch.valid], batch.labels[batch.valid], strict=True))
+        while len(waiting) >= size:
+            full = True
+            yield _stacked(waiting[:size])
+            waiting = waiting[size:]
+    if not full:
+        if not waiting:
+            raise ValueError(f"None of {n_images} training images can be read, for the estimates.")
+        yield _stacked(waiting)
+
+
+def _stacked(examples: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = zip(*examples, strict=True)
+    return np.stack(images), np.stack(labels)

@@ -434,6 +434,7 @@ def train(
         if best is None and step >= training.evaluate_every:  # the best checkpoint is lost
             validation = evaluate(task, program, state.evaluated, dataset.validation)
             best = (step, metrics.score(validation, training.choose_by))
+        display.message("Compiling the first step.")
         while step < training.steps:
             held_out_grads = None  # in the steps that have none
             if batches.held_out is not None and step % held_out_every == 0:
