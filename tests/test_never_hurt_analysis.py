@@ -215,6 +215,28 @@ def test_a_strength_is_chosen_on_held_out_images():
     assert of_rule["gate (layer)"][-2:] == ["", ""]
 
 
+def test_other_metrics_are_compared_with_plain_fine_tuning():
+    measured = [
+        ({"strength": 1.0}, {"shifted": 0.6, "source_accuracy": 0.2, "length_ratio": [0.1] * 4}),
+        ({"strength": 2.0}, {"shifted": 0.1, "length_ratio": [0.3, 0.2, None, 5e-4]}),
+        ({"strength": 2.0, "seed": 1}, {"length_ratio": [0.5, 0.2, 1.0, 5e-4]}),
+    ]
+    plain = [({"regularizer": NONE, "rule": NONE, "order": 1, "seed": 0},
+              {"shifted": 0.4, "source_accuracy": 0.3})]  # fmt: skip
+    found = compared(*plain, *measured)
+    np.testing.assert_allclose(found["shifted_against_plain"], [20, -30, np.nan])
+    np.testing.assert_allclose(found["source_accuracy_against_plain"], [-10, np.nan, np.nan])
+    made = report.make_tables({"real": found})
+    assert made["real-shifted"][1][2:4] == ["+20.0", "−30.0"]
+    assert made["real-source-accuracy"][0][2:] == ["λ × 1", "worst setting"]
+    assert made["real-length-ratios"] == [
+        ["regularizer", "rule", "λ × 1", "λ × 2"],
+        ["L2-SP", "gate (layer)", "0.1, 0.1, 0.1, 0.1", "0.4, 0.2, 1, 0.0005"],
+    ]
+    old = report.make_tables({"real": compared(({"strength": 1.0}, {}))})
+    assert not {"real-shifted", "real-source-accuracy", "real-length-ratios"} & old.keys()
+
+
 def test_intervals_pool_the_spread_of_a_rule_and_a_target():
     setting = ("a", "b", "l2_sp", "gate", 1.0)
     stronger = ("a", "b", "l2_sp", "gate", 2.0)

@@ -227,27 +227,25 @@ def test_interpolations():
     jax.tree.map(np.testing.assert_allclose, found[1.0], tuned)
 
 
-def test_early_stopping_keeps_the_best_step(data, monkeypatch):
-    monkeypatch.setitem(PROCEDURES, "early_stopping", Procedure(every=2))
-    scores = iter([0.2, 0.9, 0.4, 0.9])  # after 2, 4, 6 and 7 steps
-    losses = iter([0.0, 0.2, 0.0, 0.3])
-    candidate = train._candidate
+@pytest.mark.parametrize(("scores", "chosen"), [((0.9, 0.4), 3), ((0.4, 0.9), 4)])
+def test_early_stopping_keeps_the_best_step(data, monkeypatch, scores, chosen):
+    monkeypatch.setitem(PROCEDURES, "early_stopping", Procedure(every=3))
+    candidate, candidates = train._candidate, []
 
-    def scored(program, each, number, network):
-        found = candidate(program, each, number, network)
-        return found._replace(accuracy=next(scores), loss=next(losses))
+    def scored(*arguments):
+        found = candidate(*arguments)._replace(accuracy=scores[len(candidates)])
+        candidates.append(found)
+        return found
 
     monkeypatch.setattr(train, "_candidate", scored)
     seen = networks(monkeypatch)
-    cell = replace(PLAIN, held_out=2, procedure="early_stopping", steps=7)
+    cell = replace(PLAIN, held_out=2, procedure="early_stopping")
     [found] = train.run([prepared(cell, data)])
-    assert found.chosen == 4
-    assert list(scores) == []
-    # Stopping after two steps is another network than stopping after four.
-    monkeypatch.setattr(train, "_candidate", lambda *a: candidate(*a)._replace(accuracy=-a[2]))
-    [other] = train.run([prepared(cell, data)])
-    assert other.chosen == 2
-    assert not np.allclose(seen[0].params["head"]["bias"], seen[1].params["head"]["bias"])
+    assert [each.number for each in candidates] == [3, 4]  # and the last step
+    assert found.chosen == chosen
+    biases = [each.network.params["head"]["bias"] for each in candidates]
+    assert not np.allclose(*biases)
+    np.testing.assert_array_equal(seen[0].params["head"]["bias"], biases[chosen - 3])
 
 
 def test_held_out_images_are_evaluated_as_they_are(data, monkeypatch):
@@ -263,10 +261,9 @@ def test_held_out_images_are_evaluated_as_they_are(data, monkeypatch):
         batches.standardise(images[which]),
         train=False,
     )
-    logits = np.asarray(output.logits)
-    right = np.argmax(logits, axis=-1) == labels[which]
+    right = np.argmax(np.asarray(output.logits), axis=-1) == labels[which]
     assert found.held_out_accuracy == pytest.approx(np.mean(right), abs=1e-4)
-    losses = -np.asarray(jax.nn.log_softmax(logits))[np.arange(6), labels[which]]
+    losses = -np.asarray(jax.nn.log_softmax(output.logits))[np.arange(6), labels[which]]
     assert found.held_out_loss == pytest.approx(float(np.mean(losses)), abs=1e-3)
     [without] = train.run([prepared(PLAIN, data)])
     assert (without.held_out_accuracy, without.held_out_loss, without.chosen) == (None,) * 3
@@ -284,20 +281,17 @@ def test_scores_are_over_all_chunks():
 
 def test_lp_ft_trains_the_head_first(data, monkeypatch):
     seen = networks(monkeypatch)
-    cell = replace(PLAIN, procedure="lp_ft")
-    train.run([prepared(cell, data)])
-    monkeypatch.setitem(PROCEDURES, "lp_ft", Procedure(head_only=1.0))
-    for regularized in (cell, replace(CELL, regularizer="l2_sp", procedure="lp_ft")):
-        ready = prepared(regularized, data)
+    ready = prepared(replace(CELL, regularizer="l2_sp", rule="spd", procedure="lp_ft"), data)
+    source = ready.source.network
+    for share, is_body_trained in ((0.5, True), (1.0, False)):
+        monkeypatch.setitem(PROCEDURES, "lp_ft", Procedure(head_only=share))
         train.run([ready])
-        source = ready.source.network
-        jax.tree.map(np.testing.assert_array_equal, seen[-1].batch_stats, source.batch_stats)
-        for name in source.params.keys() - {"head"}:
-            jax.tree.map(np.testing.assert_array_equal, seen[-1].params[name], source.params[name])
-        head = resnet.init_head(resnet.ResNetConfig(cell.architecture, 3), cell.seed)
-        assert not np.allclose(seen[-1].params["head"]["bias"], head["bias"])
-    # The first run trained everything in its second half.
-    assert not np.allclose(seen[0].params["conv1"]["kernel"], source.params["conv1"]["kernel"])
+        body = seen[-1].params | {"head": source.params["head"]}
+        for found, before in ((body, source.params), (seen[-1].batch_stats, source.batch_stats)):
+            pairs = zip(jax.tree.leaves(found), jax.tree.leaves(before), strict=True)
+            assert all(np.array_equal(*pair) for pair in pairs) != is_body_trained
+    head = resnet.init_head(resnet.ResNetConfig(CELL.architecture, 3), CELL.seed)
+    assert not np.allclose(seen[-1].params["head"]["bias"], head["bias"])
 
 
 def test_wise_ft_interpolates_what_plain_fine_tuning_yields(data, monkeypatch):

@@ -27,6 +27,9 @@ SETTING = [*TASK, "rule", "strength"]
 
 TAIL = (1 - LEVEL) / 2
 
+OTHER_METRICS = ("shifted", "source_accuracy")
+"""Accuracies besides that on the test images of the target."""
+
 Choice = Literal["validation", "held_out"]
 """The images that a strength is chosen on."""
 
@@ -43,16 +46,17 @@ def frame(results: Iterable[Result]) -> pd.DataFrame:
     """One row per cell, with its settings and results as columns.
 
     ``accuracy`` is that on test images, or on validation images if the cell has no test accuracy;
-    it and ``validation`` are in percent. ``kind`` is the kind of the source. ``rule`` also names
-    the procedure, unless it is plain, and the number of images held out, if the same rule was run
-    with other numbers: ``weighted_sum, lp_ft`` and ``weighted_sum, 2 held out``.
+    it and all other accuracies are in percent, but for those on training and held-out images.
+    ``kind`` is the kind of the source. ``rule`` also names the procedure, unless it is plain, and
+    the number of images held out, if the same rule was run with other numbers:
+    ``weighted_sum, lp_ft`` and ``weighted_sum, 2 held out``.
     """
     cells = pd.DataFrame([{**vars(each.cell), **vars(each)} for each in results])
     accuracy = cells["test"].astype(float).fillna(cells["validation"])
     return cells.drop(columns=["cell", "test"]).assign(
         rule=_methods(cells),
         accuracy=100 * accuracy,
-        validation=100 * cells["validation"],
+        **{name: 100 * cells[name].astype(float) for name in ("validation", *OTHER_METRICS)},
         kind=cells["source"].map(pd.Series(KINDS)),
     )
 
@@ -83,7 +87,8 @@ def compare(cells: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
         ``scratch`` (training from random weights) and ``weighted_sum`` (the same setting with the
         weighted sum), and the differences ``against_plain``, ``against_scratch`` and
         ``against_sum``. A baseline that was not run is NaN. ``plain_validation`` is the accuracy of
-        the plain runs on validation images.
+        the plain runs on validation images. ``shifted`` and ``source_accuracy`` are compared with
+        plain fine-tuning likewise, in ``shifted_against_plain`` and so on.
 
     Raises:
         ValueError: If a cell has no plain run of its seed.
@@ -98,13 +103,17 @@ def compare(cells: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
     compared = cells[~is_plain]
     for name, (runs, shared) in baselines.items():
         compared = compared.join(runs.groupby(shared)[metric].mean().rename(name), on=shared)
-    of_seed = [*PAIR, "seed"]
-    chosen_on = plain.groupby(of_seed)["validation"].mean().rename("plain_validation")
-    compared = compared.join(chosen_on, on=of_seed)
+    of_plain = plain.groupby([*PAIR, "seed"])[["validation", *OTHER_METRICS]].mean()
+    compared = compared.join(of_plain.add_prefix("plain_"), on=[*PAIR, "seed"])
     alone = compared[compared["plain"].isna()]
     if len(alone):
         raise ValueError(f"Cells have no plain run of their seed:\n{alone[[*SETTING, 'seed']]}")
+    others = {
+        f"{name}_against_plain": compared[name] - compared[f"plain_{name}"]
+        for name in OTHER_METRICS
+    }
     return compared.assign(
+        **others,
         against_plain=compared[metric] - compared["plain"],
         against_scratch=compared[metric] - compared["scratch"],
         against_sum=compared[metric] - compared[WEIGHTED_SUM],

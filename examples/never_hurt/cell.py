@@ -19,7 +19,7 @@ class Cell:
     source: str
     """The source of the initial weights, see `sources`."""
     target: str
-    """The data set of the target task: the name of its folder."""
+    """The data set of the target task, see `images.parsed`."""
     regularizer: str
     """The regularizer Ω, one of `examples.common.objective`; none for plain fine-tuning."""
     rule: str
@@ -112,6 +112,14 @@ class Result:
         held_out_loss: On the same images; None without any, or if it was not finite.
         chosen: The number of steps at which early stopping stopped, or the share of the fine-tuned
             network in an interpolation; None with other procedures.
+        shifted: The mean accuracy on test images with noise, blur and less contrast, see `shifts`;
+            None if `test` was not computed.
+        source_accuracy: The accuracy on test images of the task of the source, with its own head on
+            the fine-tuned network; None if `test` was not computed, or the source is not a data set
+            with its true labels.
+        length_ratio: For each quarter of training the median over its steps of λ‖b‖ / ‖a‖, with the
+            gradients b of the regularizer and a of the loss in all arrays that the regularizer
+            reaches, before the rule; None where it is not finite, empty without a regularizer.
     """
 
     cell: Cell
@@ -127,6 +135,9 @@ class Result:
     held_out_accuracy: float | None = None
     held_out_loss: float | None = None
     chosen: float | None = None
+    shifted: float | None = None
+    source_accuracy: float | None = None
+    length_ratio: list[float | None] = field(default_factory=list)
 
     def to_json(self) -> str:
         """Formats the result as one line."""

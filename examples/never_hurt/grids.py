@@ -257,6 +257,13 @@ GAINS_PUBLIC = Part(
     *(("cifar10_resnet20.safetensors",), ("cifar10",), CONTAINED[:1]),
     *(SUMS, (10.0, 100.0), range(2)),
 )
+GAINS_TINY = Part(
+    *(("tinyimagenet",), ("tinyimagenet:40",), CONTAINED[:1], SUMS, TENFOLD[2:], range(2))
+)
+GAINS_NOISE = Part(
+    *(("tinyimagenet",), ("flowers17~0.4",), CONTAINED[:1]),
+    *((SUMS[0], *SUMS[2:]), TENFOLD[1:], range(2)),
+)
 HARM = Part(SOURCES, TARGETS, TRANSFER, (), (1.0, 100.0, 1000.0), range(3))
 
 GRIDS: Mapping[str, Grid] = {
@@ -333,6 +340,22 @@ GRIDS: Mapping[str, Grid] = {
         tuned="each",
         steps=300,
         images_per_class={"cifar10": 25},
+    ),
+    # 40 of the source's own classes, images that it has not seen.
+    "gains_tiny": Grid(
+        [GAINS_TINY, with_trial_runs(GAINS_TINY, held_out=1)],
+        learning_rates=(0.01, 0.03),
+        tuned="each",
+        steps=300,
+        images_per_class={"tinyimagenet:40": 5},
+    ),
+    # Two of five labels are wrong.
+    "gains_noise": Grid(
+        [GAINS_NOISE, with_trial_runs(GAINS_NOISE, held_out=5)],
+        learning_rates=(0.01, 0.03),
+        tuned="each",
+        steps=300,
+        images_per_class={"flowers17~0.4": None},
     ),
     # The same with a public network of 32 px. Of 0.01 and 0.03, the smaller rate was better in a
     # pilot for plain fine-tuning and for the sum.

@@ -1,5 +1,7 @@
 """What names and numbers are called in tables and figures."""
 
+from examples.never_hurt import images
+
 LABELS = {
     "weighted_sum": "weighted sum",
     "dtnh_global": "DTNH, the paper's (global)",
@@ -53,6 +55,7 @@ LABELS = {
     "attention_transfer": "attention transfer",
     "delta": "DELTA",
     "batch_spectral_shrinkage": "BSS",
+    "co_tuning": "Co-Tuning",
     "tinyimagenet": "Tiny-ImageNet",
     "gtsrb": "GTSRB",
     "medmnist": "MedNIST",
@@ -71,7 +74,17 @@ def label(value: object) -> str:
     """Names a source, a target, a regularizer, a rule or, if it is a number, a strength."""
     if isinstance(value, float):
         return f"λ × {value:g}"
-    return ", ".join(LABELS.get(part, part.replace("_", " ")) for part in str(value).split(", "))
+    return ", ".join(map(_part, str(value).split(", ")))
+
+
+def _part(value: str) -> str:
+    folder, n_classes, noise = images.parsed(value)
+    texts = [LABELS.get(folder, folder.replace("_", " "))]
+    if n_classes:
+        texts.append(f"{n_classes} classes")
+    if noise:
+        texts.append(f"{noise:.0%} wrong labels")
+    return ", ".join(texts)
 
 
 def points(value: float) -> str:

@@ -20,7 +20,7 @@ COMPARED = ("weighted_sum", "dtnh_layer", "bounded_dtnh")
 """The rules of the table of gains by pair."""
 
 
-GAINS = ("gains", "gains_25", "gains_public")
+GAINS = ("gains", "gains_25", "gains_public", "gains_tiny", "gains_noise")
 """The grids of tasks with a gain to keep."""
 KEEPING = (
     *("weighted_sum", "dtnh_layer", "bounded_dtnh", "held_out_global"),
@@ -88,6 +88,13 @@ def make_tables(studies: Mapping[str, pd.DataFrame]) -> dict[str, Rows]:
             made[f"{name}-plain"] = tables.plain(cells)
     for name, cells in studies.items():
         made[f"{name}-chosen-strength"] = tables.chosen_strength(cells)
+        # Results of older versions lack what follows.
+        for metric in analysis.OTHER_METRICS:
+            if cells[metric].notna().any():
+                table = tables.by_regularizer(cells, f"{metric}_against_plain")
+                made[f"{name}-{metric.replace('_', '-')}"] = table
+        if cells["length_ratio"].map(len).any():
+            made[f"{name}-length-ratios"] = tables.length_ratios(cells)
     return made
 
 

@@ -181,6 +181,7 @@ def prepare(cell: Cell, places: Places, pretraining_steps: int) -> train.Prepare
         cell,
         sources.obtain(pretraining, places.data, places.sources, places.weights),
         images.read(places.data, cell.target, cell.image_size, cell.images_per_class, cell.seed),
+        sources.own_test_images(cell.source, places.data, cell.image_size) if cell.test else None,
     )
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from examples.common import pretrained, resnet
 from examples.common.pretrained import Pretrained
@@ -91,6 +92,11 @@ def obtain(pretraining: Pretraining, data: Path, kept: Path, weights: Path | Non
         kept.mkdir(parents=True, exist_ok=True)
         pretrained.export(file, config, network, metadata=metadata)
     return pretrained.load(str(file))
+
+
+def own_test_images(source: str, data: Path, image_size: int) -> Images | None:
+    """Test images of the task of a source, if it is a data set in the folder."""
+    return images.read_test(data, source, image_size) if (data / source).is_dir() else None
 
 
 def train(pretraining: Pretraining, data: Path) -> tuple[ResNetConfig, Network, dict[str, str]]:
@@ -181,6 +187,12 @@ def score(config: ResNetConfig, network: Network, held_out: Images, chunk: int =
 
 @functools.partial(jax.jit, static_argnums=0)
 def _outcomes(config: ResNetConfig, network: Network, of: Images) -> tuple[jax.Array, jax.Array]:
-    logits = resnet.apply(config, network, batches.standardise(of.images), train=False).logits
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, of.labels)
-    return jnp.argmax(logits, axis=-1) == of.labels, losses
+    found = logits(config, network, of.images)
+    losses = optax.softmax_cross_entropy_with_integer_labels(found, of.labels)
+    return jnp.argmax(found, axis=-1) == of.labels, losses
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits(config: ResNetConfig, network: Network, of: ArrayLike) -> jax.Array:
+    """The logits of ``uint8`` images in evaluation mode."""
+    return resnet.apply(config, network, batches.standardise(of), train=False).logits

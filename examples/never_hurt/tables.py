@@ -190,13 +190,21 @@ def by_rule(cells: pd.DataFrame) -> Rows:
     return rows
 
 
-def by_regularizer(cells: pd.DataFrame) -> Rows:
-    """For each regularizer and rule the mean over pairs at each strength, and the worst setting."""
+def by_regularizer(cells: pd.DataFrame, difference: str = "against_plain") -> Rows:
+    """For each regularizer and rule the mean over pairs at each strength, and the worst setting.
+
+    Cells without the difference are left out.
+    """
     down = ["regularizer", "rule"]
-    rows = cross(cells, down, "strength", lambda part: points(_setting_means(part).mean()))
+    cells = cells.dropna(subset=difference)
+
+    def text(part: pd.DataFrame) -> str:
+        return points(_setting_means(part, difference).mean())
+
+    rows = cross(cells, down, "strength", text)
     rows[0].append("worst setting")
     for row, (_, part) in zip(rows[1:], cells.groupby(down, sort=False), strict=True):
-        estimates = analysis.estimates(part, "against_plain")
+        estimates = analysis.estimates(part, difference)
         row.append(_estimate(estimates, estimates["mean"].idxmin()))
     return rows
 
@@ -223,8 +231,22 @@ def _mean_and_worst(cells: pd.DataFrame) -> list[str]:
     return [points(estimates["mean"].mean()), _estimate(estimates, estimates["mean"].idxmin())]
 
 
-def _setting_means(cells: pd.DataFrame) -> pd.Series:
-    return cells.groupby(SETTING)["against_plain"].mean()
+def length_ratios(cells: pd.DataFrame) -> Rows:
+    """How long λ times the regularizer's gradient is, relative to the loss gradient.
+
+    The median over cells, for each quarter of training. It says what a strength means.
+    """
+
+    def text(part: pd.DataFrame) -> str:
+        quarters = np.nanmedian(np.array([*part["length_ratio"]], np.float64), axis=0)
+        return ", ".join(f"{ratio:.2g}" for ratio in quarters)
+
+    measured = cells[cells["length_ratio"].map(len) > 0]
+    return cross(measured, ["regularizer", "rule"], "strength", text)
+
+
+def _setting_means(cells: pd.DataFrame, difference: str = "against_plain") -> pd.Series:
+    return cells.groupby(SETTING)[difference].mean()
 
 
 def _setting(source: str, target: str, regularizer: str, rule: str, strength: float) -> str:

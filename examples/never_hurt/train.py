@@ -14,6 +14,7 @@ import optax
 from numpy.typing import ArrayLike
 
 import dtnh_jax
+from dtnh_jax import regularizers
 from examples.common import objective, resnet
 from examples.common.objective import REGULARIZERS, RegularizerInputs
 from examples.common.pretrained import Pretrained
@@ -24,6 +25,7 @@ from examples.never_hurt.cell import NONE, Cell, Result
 from examples.never_hurt.images import Images, Splits
 from examples.never_hurt.procedures import PROCEDURES, Candidate, best, interpolations
 from examples.never_hurt.rules import L2_SP_ONLY, RULES, Setting
+from examples.never_hurt.shifts import shifted
 from examples.never_hurt.sources import Score
 from examples.never_hurt.version import version
 
@@ -50,6 +52,7 @@ class Task(NamedTuple):
         source: The network that training starts from, with its own head.
         reg_weight: λ.
         learning_rate: At the beginning.
+        relationship: Of the classes of target and source, for Co-Tuning; None for others.
     """
 
     images: Any
@@ -57,6 +60,7 @@ class Task(NamedTuple):
     source: Network
     reg_weight: Any
     learning_rate: Any
+    relationship: Any = None
 
 
 class Phase(NamedTuple):
@@ -85,24 +89,34 @@ class Measured(NamedTuple):
         loss: On the batch.
         accuracy: On the batch.
         conflict: Of the two gradients, by layer; None without a regularizer.
+        length_ratio: λ‖b‖ / ‖a‖ of the gradients before the rule; None without a regularizer.
     """
 
     loss: jax.Array
     accuracy: jax.Array
     conflict: dtnh_jax.ConflictStats | None
+    length_ratio: jax.Array | None
 
 
 class Prepared(NamedTuple):
-    """A cell with its source and its images."""
+    """A cell with its source and its images.
+
+    Attributes:
+        cell: The cell.
+        source: The network that training starts from.
+        splits: The images of the target.
+        source_test: Test images of the task of the source; None if there are none.
+    """
 
     cell: Cell
     source: Pretrained
     splits: Splits
+    source_test: Images | None = None
 
 
 def has_head(regularizer: str) -> bool:
     """Whether a regularizer uses the source's own head."""
-    return regularizer in ("distillation", "logit_matching", "label_smoothing")
+    return regularizer in ("distillation", "logit_matching", "label_smoothing", "co_tuning")
 
 
 def run(prepared: Sequence[Prepared]) -> list[Result]:
@@ -159,7 +173,7 @@ def run(prepared: Sequence[Prepared]) -> list[Result]:
 
 def _trial_losses(program: Program, prepared: Prepared) -> list[float] | None:
     """The loss on held-out images after the trial run without the regularizer and with it."""
-    cell, _, splits = prepared
+    cell, splits = prepared.cell, prepared.splits
     if not cell.trial:
         return None
     schedule, views = batches.trial_schedule(cell, splits.train.labels)
@@ -266,7 +280,7 @@ def _held_out_score(program: Program, prepared: Prepared, network: Network) -> S
 
 def program_of(prepared: Prepared) -> Program:
     """The program of a cell."""
-    cell, source, splits = prepared
+    cell, source, splits, _ = prepared
     # Sources have different heads. Where the head is not used, sources share a program.
     n_classes = source.config.n_classes if has_head(cell.regularizer) else 1
     return Program(
@@ -282,7 +296,7 @@ def program_of(prepared: Prepared) -> Program:
 def _start(
     program: Program, prepared: Prepared, schedule: Schedule, strength: float
 ) -> tuple[Task, State, Schedule]:
-    cell, source, splits = prepared
+    cell, source, splits, _ = prepared
     weight = strength * REGULARIZERS[cell.regularizer].weight
     network = source.network
     if not has_head(cell.regularizer):
@@ -293,11 +307,27 @@ def _start(
         network,
         jnp.float32(weight),
         jnp.float32(cell.learning_rate),
+        _relationship(prepared) if _needs_relationship(program) else None,
     )
     head = resnet.init_head(program.model, cell.seed)
     network = source.network._replace(params=source.network.params | {"head": head})
     optimizer = make_optimizer(program, task)
     return task, State(network, optimizer.init(network.params)), schedule
+
+
+def _needs_relationship(program: Program) -> bool:
+    return "relationship" in REGULARIZERS[program.regularizer].needs
+
+
+def _relationship(prepared: Prepared) -> jax.Array:
+    """Co-Tuning's, from the predictions of the source on the images that are trained on."""
+    cell, source, splits, _ = prepared
+    images, labels = splits.train
+    is_held_out = np.isin(np.arange(len(labels)), batches.held_out_images(cell, labels))
+    logits = sources.logits(source.config, source.network, images[~is_held_out])
+    return regularizers.co_tuning_relationship(
+        logits, jnp.asarray(labels[~is_held_out]), splits.n_classes
+    )
 
 
 def make_optimizer(program: Program, task: Task) -> optax.GradientTransformationExtraArgs:
@@ -314,7 +344,10 @@ def _mask(program: Program) -> Any:
 
     def both() -> tuple[Any, Any]:
         source = resnet.init(program.source, 0)
-        task = Task(jnp.zeros((1, 16, 16, 3), jnp.uint8), jnp.zeros(1, jnp.int32), source, 0.0, 0.0)
+        shape = program.model.n_classes, program.source.n_classes
+        relationship = jnp.zeros(shape) if _needs_relationship(program) else None
+        images, labels = jnp.zeros((1, 16, 16, 3), jnp.uint8), jnp.zeros(1, jnp.int32)
+        task = Task(images, labels, source, 0.0, 0.0, relationship)
         network = _with_head(source, program.model)
         plan = Plan(jnp.zeros(2, jnp.int32), jnp.zeros(2, bool), jnp.zeros((2, 2), jnp.int32))
         return network.params, _gradients(program, network, task, plan)[1].reg_grads
@@ -352,8 +385,17 @@ def _step(
     updates, opt_state = optimizer.update(pair, state.opt_state, params, **extra_args)
     network = Network(optax.apply_updates(params, updates), output.batch_stats)
     right = jnp.argmax(output.logits, axis=-1) == task.labels[plan.which]
-    conflict = None if program.regularizer == NONE else dtnh_jax.conflict_stats(opt_state)
-    return State(network, opt_state), Measured(loss, jnp.mean(right), conflict)
+    conflict = length_ratio = None
+    if program.regularizer != NONE:
+        conflict = dtnh_jax.conflict_stats(opt_state)
+        length_ratio = task.reg_weight * _length_ratio(pair)
+    return State(network, opt_state), Measured(loss, jnp.mean(right), conflict, length_ratio)
+
+
+def _length_ratio(pair: dtnh_jax.GradientPair) -> jax.Array:
+    """The length of the regularizer's gradient divided by that of the loss where it reaches."""
+    reached = jax.tree.map(lambda a, b: None if b is None else a, pair.loss_grads, pair.reg_grads)
+    return optax.tree.norm(pair.reg_grads) / optax.tree.norm(reached)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -409,6 +451,8 @@ def _gradients(
                 output=output,
                 source_params=task.source.params,
                 source_output=source_output,
+                labels=labels,
+                relationship=task.relationship,
                 features=objective.default_features(program.regularizer, program.model),
             )
         )
@@ -424,9 +468,9 @@ def _result(
     history: Measured,
     seconds: float,
 ) -> Result:
-    cell, _, splits = prepared
+    cell, splits = prepared.cell, prepared.splits
     last = max(1, cell.steps // 10)
-    conflict, removed = {}, []
+    conflict, removed, length_ratio = {}, [], []
     if history.conflict is not None:
         by_layer = _by_quarter(history.conflict.per_group.conflict)
         conflict = {
@@ -435,6 +479,9 @@ def _result(
         }
         by_quarter = _by_quarter(history.conflict.total.removed).tolist()
         removed = [_finite(share, 3) for share in by_quarter]
+    if history.length_ratio is not None:
+        medians = _by_quarter(history.length_ratio, np.median).tolist()
+        length_ratio = [_finite(float(f"{ratio:.3g}"), 12) for ratio in medians]
     is_held_out = cell.held_out and not cell.trial
     held_out = _held_out_score(program, prepared, network) if is_held_out else None
     return Result(
@@ -449,13 +496,27 @@ def _result(
         version=version(),
         held_out_accuracy=round(held_out.accuracy, 5) if held_out else None,
         held_out_loss=_finite(held_out.loss, 4) if held_out else None,
+        shifted=round(sources.accuracy(program.model, network, shifted(splits.test)), 5)
+        if cell.test
+        else None,
+        source_accuracy=_source_accuracy(prepared, network) if cell.test else None,
+        length_ratio=length_ratio,
     )
 
 
-def _by_quarter(of_steps: ArrayLike) -> np.ndarray:
-    """Means over the quarters of training: ``(steps, ...)`` becomes ``(..., quarters)``."""
+def _source_accuracy(prepared: Prepared, network: Network) -> float | None:
+    """On the task of the source, with its own head."""
+    _, source, _, images = prepared
+    if images is None:
+        return None
+    network = network._replace(params=network.params | {"head": source.network.params["head"]})
+    return round(sources.accuracy(source.config, network, images), 5)
+
+
+def _by_quarter(of_steps: ArrayLike, average: Callable[..., np.ndarray] = np.mean) -> np.ndarray:
+    """Averages over quarters of training: ``(steps, ...)`` becomes ``(..., quarters)``."""
     quarters = np.array_split(np.asarray(of_steps, np.float64), QUARTERS)
-    return np.stack([quarter.mean(axis=0) for quarter in quarters], axis=-1)
+    return np.stack([average(quarter, axis=0) for quarter in quarters], axis=-1)
 
 
 def _finite(value: float, digits: int) -> float | None:
