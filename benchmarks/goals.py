@@ -124,6 +124,9 @@ def of_steps(tables: Mapping[str, Table]) -> Iterator[Goal]:
         for name in ("dtnh layer", "dtnh layer, closed form"):
             figure = cell("× one gradient", l2_sp, name)
             yield Goal(f"step, {l2_sp}, {name}: × {step.BASE}", figure, 1.02)
+        for k, limit in ((4, 1.35), (16, 1.1)):
+            figure = cell(f"× {step.PRESET}", l2_sp, step.every(k))
+            yield Goal(f"step, {l2_sp}, {step.every(k)}: × {step.PRESET}", figure, limit)
         figure = cell("× floor", distillation, "dtnh layer")
         yield Goal(f"step, {distillation}, dtnh layer: × floor", figure, 1.05)
         for work, name, limit in (

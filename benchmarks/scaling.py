@@ -97,7 +97,7 @@ def steps(sizes: Sizes, mesh: Mesh) -> dict[str, str]:
         placed(batch.source, mesh),
         *(
             jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=devices.batch_sharding(mesh))
-            for leaf in (batch.images, batch.labels)
+            for leaf in batch[1:]
         ),
     )
     texts = {}

@@ -23,6 +23,9 @@ REG_WEIGHT = 0.01
 LEARNING_RATE = 1e-4
 BASE = "weighted sum, one gradient"
 PARTS = ("forward", "forward and backward", "optimizer")
+PRESET = "dtnh_sgd"
+WITH_HELD_OUT, BETWEEN = (f"{PRESET}, held out, {which}" for which in ("gradient", "no gradient"))
+HELD_OUT_EVERY = (1, 4, 16)
 
 
 class State(NamedTuple):
@@ -38,6 +41,7 @@ class Batch(NamedTuple):
     source: Network
     images: Any
     labels: Any
+    held_out_images: Any
 
 
 class Contestant(NamedTuple):
@@ -125,11 +129,21 @@ def contestants(config: ResNetConfig, regularizer: Regularizer) -> dict[str, Con
         result, loss_grads = jax.value_and_grad(term(0), has_aux=True)(params, batch_stats, batch)
         return result, (loss_grads, regularizers.l2_sp_gradient(params, pretrained(batch)))
 
+    def held_out_gradient(params: Any, batch_stats: Any, batch: Batch) -> Any:
+        held_out = batch._replace(images=batch.held_out_images)
+        return jax.grad(term(0), has_aux=True)(params, batch_stats, held_out)[0]
+
+    def no_gradient(params: Any, batch_stats: Any, batch: Batch) -> Any:
+        del batch_stats, batch
+        return dtnh_jax.HeldOutGrads(jax.tree.map(jnp.zeros_like, params), is_new=False)
+
     def with_rule(rule: optax.GradientTransformation) -> Any:
         return optax.chain(rule, sgd)
 
     dtnh = functools.partial(dtnh_jax.dtnh, REG_WEIGHT)
     by_layer = with_rule(dtnh(scope="layer"))
+    preset = functools.partial(dtnh_jax.dtnh_sgd, LEARNING_RATE, REG_WEIGHT, scope="global")
+    compared = preset(reference=dtnh_jax.held_out(0.9))
     found = {
         "no regularizer": one(term(0)),
         BASE: one(combined),
@@ -143,6 +157,9 @@ def contestants(config: ResNetConfig, regularizer: Regularizer) -> dict[str, Con
         ),
         "dtnh element": _step(pair, with_rule(dtnh(scope="element"))),
         "dtnh layer, two jax.grad": _step(two_gradients, by_layer),
+        PRESET: _step(pair, preset()),
+        WITH_HELD_OUT: _step(pair, compared, held_out_gradient),
+        BETWEEN: _step(pair, compared, no_gradient),
     }
     if regularizer == "l2_sp":
         found["dtnh layer, closed form"] = _step(closed_form, by_layer)
@@ -172,11 +189,18 @@ def contestants(config: ResNetConfig, regularizer: Regularizer) -> dict[str, Con
     }
 
 
-def _step(gradients: Callable[..., Any], tx: optax.GradientTransformation) -> Contestant:
+def _step(
+    gradients: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    held_out: Callable[..., Any] | None = None,
+) -> Contestant:
+    extra = optax.with_extra_args_support(tx)
+
     def step(state: State, batch: Batch) -> tuple[State, jax.Array]:
         params, batch_stats = state.network
+        extra_args = {"held_out_grads": held_out(params, batch_stats, batch)} if held_out else {}
         (loss, batch_stats), grads = gradients(params, batch_stats, batch)
-        updates, opt_state = tx.update(grads, state.opt_state, params)
+        updates, opt_state = extra.update(grads, state.opt_state, params, **extra_args)
         params = optax.apply_updates(params, updates)
         return State(Network(params, batch_stats), opt_state), loss
 
@@ -192,6 +216,7 @@ def shapes_of(config: ResNetConfig, sizes: Sizes, *, multiple_of: int = 1) -> tu
         source=network,
         images=jax.ShapeDtypeStruct(images, jnp.float32),
         labels=jax.ShapeDtypeStruct(images[:1], jnp.int32),
+        held_out_images=jax.ShapeDtypeStruct(images, jnp.float32),
     )
 
 
@@ -233,6 +258,7 @@ def calls(
         source=resnet.init(config, 1),
         images=trees.random_like(shapes.images, 0),
         labels=jnp.arange(sizes.batch_size, dtype=jnp.int32) % config.n_classes,
+        held_out_images=trees.random_like(shapes.held_out_images, 1),
     )
     known = contestants(config, regularizer)
     first = resnet.init(config, 0)
@@ -247,6 +273,11 @@ def calls(
             else functools.partial(compiled.compiled, state, batch)
         )
     return made
+
+
+def every(k: int) -> str:
+    """The name of the preset with a held-out gradient in every ``k``-th step."""
+    return f"{PRESET}, held out, every {k}"
 
 
 def names_of(architecture: str, regularizer: Regularizer, sizes: Sizes) -> list[str]:
@@ -272,6 +303,11 @@ def run(sizes: Sizes, ceilings: Ceilings) -> Table:
             backward_passes = 2 if regularizer == "distillation" else 1
             floor = forward + backward_passes * (both - forward) + optimizer
             samples["floor"] = Samples(floor)
+            if PRESET in samples:
+                with_gradient, between = (samples[x].seconds for x in (WITH_HELD_OUT, BETWEEN))
+                for k in HELD_OUT_EVERY:
+                    seconds = (with_gradient + (k - 1) * between) / k
+                    samples[every(k)] = Samples(seconds)
             compile_seconds = {
                 name: program(architecture, regularizer, name, sizes).compile_seconds
                 for name in names
@@ -284,6 +320,7 @@ def run(sizes: Sizes, ceilings: Ceilings) -> Table:
                         **mine.cells(),
                         "× one gradient": mine.over(samples[BASE]),
                         "× floor": mine.over(samples["floor"]),
+                        f"× {PRESET}": mine.over(samples[PRESET]) if PRESET in samples else None,
                         "images/s": sizes.batch_size / mine.median,
                         "compile s": compile_seconds.get(name),
                     }
@@ -293,6 +330,7 @@ def run(sizes: Sizes, ceilings: Ceilings) -> Table:
         "Training step",
         f"{sizes.batch_size} images of {sizes.image_size} px, activations {sizes.activations}, SGD "
         "with momentum, state donated. The floor is forward + backward (twice for distillation) + "
-        "optimizer, each measured separately.",
+        "optimizer, each measured separately. Held out: the preset, compared with the gradient of "
+        "a batch of the same size, computed in every k-th step; the mean of k steps.",
         rows,
     )

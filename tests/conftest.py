@@ -4,7 +4,7 @@ import jax
 import pytest
 
 # Scripts of tests that have no examples, and want packages that not every test has.
-collect_ignore = ["tiny_finetune.py", "fixtures"]
+collect_ignore = ["tiny_finetune.py", "soak_finetune.py", "fixtures"]
 
 
 @pytest.fixture(autouse=True)

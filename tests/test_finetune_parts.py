@@ -25,7 +25,9 @@ from benchmarks import combination
 from examples.common import data, objective, resnet
 from examples.finetune import devices, freeze, optimizer
 from examples.finetune.__main__ import main, parse
+from examples.finetune.batches import TrainingBatches, load
 from examples.finetune.config import (
+    HELD_OUT,
     Config,
     DeviceConfig,
     OutputConfig,
@@ -35,13 +37,7 @@ from examples.finetune.config import (
     TransferConfig,
     preset,
 )
-from examples.finetune.train import (
-    gradients,
-    make_program,
-    regularized,
-    setup,
-    training_batches,
-)
+from examples.finetune.train import gradients, make_program, regularized, setup
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")  # Optax's own code promotes
 
@@ -68,10 +64,10 @@ def tasks(directory):
     @functools.cache
     def make(*options):
         config = parse(tiny_finetune.arguments(directory, directory / "out", *options))
-        dataset = data.load(config.data)
+        dataset = load(config)
         task = setup(config, dataset)
-        with training_batches(task, dataset) as batches:
-            return task, next(batches)
+        with TrainingBatches(task.config, dataset, task.mesh) as batches:
+            return task, next(batches.train)
 
     return make
 
@@ -101,7 +97,7 @@ def test_the_matrix_is_that_of_the_library():
     helpers |= {"Match", "MatchReport", "fisher_diagonal", "match_pretrained"}
     assert set(REGULARIZERS) == (public - helpers) | {"none", "delta_attention"}
     assert set(objective.REGULARIZERS) == set(REGULARIZERS)
-    ours = {"bounded_dtnh", "dtnh", "decoupled", "weighted_sum"}
+    ours = {"bounded_dtnh", "bounded_sum", "dtnh", "decoupled", "weighted_sum"}
     assert set(RULES) == set(combination.RIVALS) | ours
 
 
@@ -201,6 +197,103 @@ def test_micro_batches_are_one_step(tasks, rule):
     moved = [jax.tree.map(np.subtract, state.network.params, first) for state in (one, two)]
     assert optax.tree.norm(moved[0]) > 0
     assert relative_error(*moved) <= 1e-5
+
+
+def names(images):
+    return {images[index]["name"] for index in range(len(images))}
+
+
+@pytest.mark.parametrize(("share", "per_class"), [("0.01", 1), ("0.25", 2), ("0.3", 3)])
+def test_held_out_images_are_not_trained_on(directory, share, per_class):
+    arguments = tiny_finetune.arguments(directory, directory / "out")
+    everything = load(parse(arguments))
+    parts = load(parse([*arguments, "--held-out", share]))
+    assert everything.held_out is None
+    assert np.bincount(parts.held_out.labels).tolist() == [per_class] * 3
+    assert names(parts.train).isdisjoint(names(parts.held_out))
+    assert names(parts.train) | names(parts.held_out) == names(everything.train)
+    assert names(parts.validation) == names(everything.validation)
+
+
+def test_a_class_keeps_an_image_to_train_on(directory):
+    arguments = tiny_finetune.arguments(directory, directory / "out", "--images-per-class", "1")
+    with pytest.raises(ValueError, match=r"Class blue has 1 images; .* Lower held_out"):
+        load(parse([*arguments, "--held-out", "0.1"]))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_the_bounded_rule_with_held_out_images_is_the_preset_with_other_choices(
+    name, standard_promotion
+):
+    training = TrainingConfig(
+        optimizer=name, learning_rate=0.1, schedule="constant", weight_decay=0.0
+    )
+    ours = optimizer.make_optimizer(TransferConfig(reg_weight=0.5, held_out=0.1), training)
+    preset_of = {
+        "sgd": dtnh_jax.dtnh_sgd,
+        "adamw": functools.partial(dtnh_jax.dtnh_adamw, weight_decay=0.0),
+    }
+    theirs = preset_of[name](0.1, 0.5, **HELD_OUT)
+    params = {"conv": {"kernel": jnp.ones((2, 2))}, "norm": {"bias": jnp.ones(2)}}
+    states = [tx.init(params) for tx in (ours, theirs)]
+    for step in range(4):
+        pair, grads = (
+            [optax.tree.random_like(jax.random.key(10 * step + i), params) for i in each]
+            for each in ((0, 1), (2,))
+        )
+        held_out_grads = dtnh_jax.HeldOutGrads(*grads, is_new=step % 2 == 0)
+        made = [
+            tx.update(tuple(pair), state, params, held_out_grads=held_out_grads)
+            for tx, state in zip((ours, theirs), states, strict=True)
+        ]
+        states = [state for _, state in made]
+        assert relative_error(made[0][0], made[1][0]) <= 1e-6
+    assert set(dtnh_jax.conflict_stats(states[0]).groups) == {"global"}
+
+
+@pytest.mark.parametrize("rule", ["bounded_dtnh", "dtnh", "decoupled"])
+def test_a_conflict_with_held_out_images_decides(tasks, rule):
+    """Against them the regularizer is left out, along them it acts; the batch does not matter."""
+    options = ("--rule", rule, "--held-out", "0.2", "--scope", "global", "--regularizer", "l2")
+    more = () if rule == "bounded_dtnh" else ("--on-conflict", "gate")
+    task, _ = tasks(*options, *more)
+    transfer = dataclasses.replace(task.config.transfer, reg_weight=1.0)
+    tx = optimizer.make_optimizer(transfer, task.config.training)
+    params = {"w": jnp.zeros(2)}
+    loss, reg = {"w": jnp.array([1.0, 0.0])}, {"w": jnp.array([-1.0, 1.0])}
+    for sign in (1.0, -1.0):
+        grads = {"w": jnp.array([0.0, sign])}
+        pair = dtnh_jax.GradientPair(loss, reg)
+        updates, _ = tx.update(pair, tx.init(params), params, held_out_grads=grads)
+        assert (float(updates["w"][1]) < 0) == (sign > 0)
+
+
+def test_the_held_out_gradient_is_that_of_its_images(tasks):
+    options = ("--held-out", "0.2", "--freeze", "conv1")
+    task, batch = tasks(*options, "--frozen-batch-norm")
+    halves, _ = tasks(*options, "--frozen-batch-norm", "--accumulate", "2", "--batch-size", "16")
+    one = make_program(task).held_out(task.initial, batch, None)
+    # The training batch, seen as held out: its gradient is the loss gradient of a step.
+    _, pair = jax.jit(functools.partial(gradients, task))(
+        task.initial, task.source, batch, jax.random.key(0)
+    )
+    assert jax.tree.structure(one) == jax.tree.structure(pair.loss_grads)
+    assert relative_error(one, pair.loss_grads) <= 1e-5
+    program = make_program(halves)
+    sums = program.held_out(halves.initial, batch, program.held_out(halves.initial, batch, None))
+    assert relative_error(sums, one) <= 1e-5
+
+
+def test_held_out_images_leave_batch_norm_alone(tasks):
+    task, batch = tasks("--held-out", "0.2")
+    program = make_program(task)
+    grads = program.held_out(task.initial, batch, None)
+    one, other = (
+        program.train(program.init(), task.source, batch, given)[0] for given in (grads, None)
+    )
+    jax.tree.map(np.testing.assert_array_equal, one.network.batch_stats, other.network.batch_stats)
+    age = [int(optax.tree.get(state.opt_state, "age")) for state in (one, other)]
+    assert age == [0, -1], "only one of them has had a gradient"
 
 
 def test_the_average_follows_the_weights(tasks):
@@ -424,6 +517,19 @@ def test_meshes():
         ({"reference_decay": 1.0}, "reference_decay"),
         ({"rule": "pcgrad", "max_ratio": 1.0}, "max_ratio is an option of the rules dtnh and bou"),
         ({"max_ratio": -1.0}, "max_ratio must not be negative"),
+        (
+            {"rule": "pcgrad", "held_out": 0.1},
+            r"held_out is an option of .*, not of pcgrad\. Omit it, or choose one of these with",
+        ),
+        ({"held_out": 1.0}, "held_out must be at least 0 and below 1"),
+        ({"held_out_every": 4}, r"there are none\. Give their share too, such as --held-out 0\.1"),
+        ({"held_out": 0.1, "held_out_every": 0}, "held_out_every must be at least 1"),
+        ({"held_out": 0.1, "regularizer": "none"}, "the regularizer is none"),
+        (
+            {"held_out": 0.1, "rule": "dtnh", "reference_decay": 0.9},
+            "reference_decay .* Give only one",
+        ),
+        ({"held_out": 0.1, "scope": "element"}, "Choose another --scope than element"),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"mesh": "two"}, "mesh must be"),
         ({"prefetch": 0}, "prefetch must be"),

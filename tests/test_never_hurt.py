@@ -29,6 +29,7 @@ from examples.never_hurt import __main__ as command
 from examples.never_hurt import batches, grids, images, runner, sources, store, train, version
 from examples.never_hurt.cell import NONE, Cell, Result
 from examples.never_hurt.grids import FITTING, GRIDS, KINDS, PER_CLASS, UNFITTING, Grid, Part
+from examples.never_hurt.procedures import PROCEDURES
 from examples.never_hurt.rules import RULES
 from examples.never_hurt.sources import Pretraining
 
@@ -112,11 +113,12 @@ def test_a_key_is_of_the_whole_config():
         "float": lambda value: value / 2,
         "bool": lambda value: not value,
     }
-    keys = {CELL.key}
+    cell = replace(CELL, held_out=1, trial=0.5)
+    keys = {CELL.key, cell.key}
     for field in fields(Cell):
-        value = getattr(CELL, field.name)
-        keys.add(replace(CELL, **{field.name: changed[type(value).__name__](value)}).key)
-    assert len(keys) == 1 + len(fields(Cell))
+        value = getattr(cell, field.name)
+        keys.add(replace(cell, **{field.name: changed[type(value).__name__](value)}).key)
+    assert len(keys) == 2 + len(fields(Cell))
     assert replace(CELL, strength=1, learning_rate=0.05).key == CELL.key
     # Results of other machines and days are found again by this.
     assert CELL.key == "b41e5a736fa9ef2d"
@@ -151,7 +153,8 @@ def test_grids_name_what_there_is(name):
         assert set(part.rules) <= set(RULES)
         assert set(part.regularizers) <= set(REGULARIZERS)
         assert set(part.sources) <= set(KINDS)
-        assert set(part.targets) <= set(PER_CLASS)
+        assert set(part.targets) <= set(GRIDS[name].images_per_class)
+        assert part.procedure in PROCEDURES
 
 
 def test_cells_of_a_grid():
@@ -200,12 +203,12 @@ def test_a_grid_that_tunes_each_setting_runs_every_learning_rate():
     assert {cell.learning_rate for cell in cells} == {0.01, 0.1}
 
 
-def test_a_grid_may_hold_images_out():
-    part = replace(GRID.parts[0], held_out=2, returned_at=0.5)
+def test_a_grid_may_hold_images_out_and_have_a_procedure():
+    part = replace(GRID.parts[0], held_out=2, returned_at=0.5, procedure="lp_ft")
     cells = replace(GRID, parts=[part], tuned="each", images_per_class={"colours": 6}).cells({})
-    assert {(cell.rule, cell.held_out, cell.returned_at) for cell in cells} == {
-        (NONE, 0, 1.0),
-        ("bounded_dtnh", 2, 0.5),
+    assert {(cell.rule, cell.held_out, cell.returned_at, cell.procedure) for cell in cells} == {
+        (NONE, 0, 1.0, "plain"),
+        ("bounded_dtnh", 2, 0.5, "lp_ft"),
     }
     assert {cell.images_per_class for cell in cells} == {6}
 
@@ -374,6 +377,42 @@ def test_cells_with_held_out_images_run(data):
     assert found.cell == cell
     assert list(found.conflict) == ["global"]
     assert math.isfinite(found.train_loss)
+
+
+@pytest.mark.usefixtures("standard")
+@pytest.mark.parametrize("losses", [(2.0, 1.0), (1.0, 2.0), (1.0, 1.0), (1.0, math.nan)])
+def test_trial_runs_decide_whether_there_is_a_regularizer(data, monkeypatch, losses):
+    cell = replace(CELL, regularizer="l2_sp", rule="trial_runs", strength=1000.0)
+    for_trials = replace(cell, held_out=2, trial=0.5)
+    found_losses = iter(losses)
+    monkeypatch.setattr(train, "_loss_of_views", lambda *_: next(found_losses))
+    [found] = train.run([prepared(for_trials, data)])
+    np.testing.assert_array_equal(found.trial_losses, losses)
+    without = replace(cell, strength=0.0)
+    [wanted] = train.run([prepared(cell if losses[1] < losses[0] else without, data)])
+    assert (found.train_loss, found.validation) == (wanted.train_loss, wanted.validation)
+    assert wanted.trial_losses is None
+
+
+@pytest.mark.usefixtures("standard")
+def test_trial_runs_are_judged_by_images_that_they_do_not_train_on(data):
+    cell = replace(CELL, regularizer="l2_sp", rule="trial_runs", held_out=2, trial=0.5)
+    ready = prepared(cell, data)
+    labels = ready.splits.train.labels
+    schedule, views = batches.trial_schedule(cell, labels)
+    assert len(schedule.train.which) == cell.steps // 2
+    assert not set(views.which.ravel()) & set(schedule.train.which.ravel())
+    assert [*np.bincount(labels[np.unique(views.which)])] == [2] * ready.splits.n_classes
+    everything = batches.schedule(cell, labels).train.which
+    assert set(views.which.ravel()) < set(everything.ravel()) == set(range(len(labels)))
+    [found] = train.run([ready])
+    assert all(map(math.isfinite, found.trial_losses))
+
+
+@pytest.mark.parametrize("change", [{"trial": 1.1, "held_out": 1}, {"trial": 0.5}])
+def test_trial_runs_need_a_share_and_held_out_images(change):
+    with pytest.raises(ValueError, match=r"trial must be|set held_out"):
+        replace(CELL, **change)
 
 
 @pytest.mark.usefixtures("tiny_grid", "standard")
@@ -565,9 +604,10 @@ def test_cells_of_one_program_stay_together():
         for source in ("medmnist", "gtsrb")
         for regularizer in ("l2_sp", "distillation")
     ]
+    cells += [replace(CELL, procedure="lp_ft")]
     jobs = runner._grouped(cells, lanes=3)
     # By the source where its head is looked at.
-    assert sorted(sum(map(len, job)) for job in jobs) == [2, 2, 4]
+    assert sorted(sum(map(len, job)) for job in jobs) == [1, 2, 2, 4]
     assert all(len(chunk) <= 3 for job in jobs for chunk in job)
     assert {cell for job in jobs for chunk in job for cell in chunk} == set(cells)
 

@@ -4,12 +4,14 @@ As a script it is a run, which kills itself: `tiny_finetune.py WHERE OUT ...`
 with `step`, `checkpoint` or `nowhere`, and then the command line of the run.
 """
 
+import dataclasses
 import itertools
 import os
 import signal
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +20,10 @@ from PIL import Image
 from examples.common import pretrained, resnet
 from examples.common.resnet import ResNetConfig
 from examples.finetune import train
-from examples.finetune.__main__ import main
+from examples.finetune.__main__ import main, parse
+from examples.finetune.batches import load
+from examples.finetune.checkpoint import Checkpoints, Progress
+from examples.finetune.logs import Record, read
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 190, 60), "red": (200, 50, 40)}
 N_SOURCE_CLASSES = 5
@@ -68,6 +73,37 @@ def arguments(directory: Path, out: Path, *more: str) -> list[str]:
         "--out": out,
     }
     return [str(word) for pair in settings.items() for word in pair] + list(more)
+
+
+def opened(directory: Path, out: Path, *more: str) -> tuple[Checkpoints, train.Program]:
+    """The checkpoints of a run, and its program."""
+    config = parse(arguments(directory, out, *more))
+    task = train.setup(config, load(config))
+    return Checkpoints(out / "checkpoints", config, task.made_from), train.make_program(task)
+
+
+def last_checkpoint(directory: Path, out: Path, *more: str) -> tuple[Progress, train.TrainState]:
+    """How far a run has come, and all arrays of its state."""
+    checkpoints, program = opened(directory, out, *more)
+    with checkpoints:
+        restored = checkpoints.restore_last(program.like)
+    assert restored is not None
+    return restored[0], jax.device_get(restored[1])
+
+
+def assert_same(these: tuple[Progress, Any], those: tuple[Progress, Any]) -> None:
+    """Two last checkpoints are the same bit for bit, but for the clock."""
+    one, other = (each._replace(meter=each.meter["pending"]) for each, _ in (these, those))
+    assert one == other
+    assert jax.tree.structure(these[1]) == jax.tree.structure(those[1])
+    for this, that in zip(jax.tree.leaves(these[1]), jax.tree.leaves(those[1]), strict=True):
+        np.testing.assert_array_equal(this, that)
+
+
+def timeless(out: Path) -> list[Record]:
+    """The records of a run, without the clock."""
+    nothing = {"images_per_second": None, "waiting": None}
+    return [dataclasses.replace(record, **nothing) for record in read(out)]
 
 
 def kill_at_step(step: int) -> None:

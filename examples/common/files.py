@@ -1,11 +1,21 @@
 """Atomic writing of files."""
 
+import contextlib
 import os
 from pathlib import Path
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file atomically: a reader never sees a part of it."""
+    """Writes a file atomically: a reader never sees a part of it.
+
+    Raises:
+        OSError: If that is not possible; it names the file, and leaves no part of it.
+    """
     unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+    try:
+        unfinished.write_bytes(content)
+        os.replace(unfinished, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -1,21 +1,22 @@
 """The command line: `python -m examples.finetune --help`."""
 
 import argparse
+import signal
 import sys
 from typing import get_args
 
-import jax
 import tyro
 
 from examples.common.text import print_anything
 from examples.finetune import train
 from examples.finetune.checkpoint import CheckpointError
 from examples.finetune.config import Config, PresetName, preset
+from examples.finetune.directory import DirectoryError
 from examples.finetune.divergence import DivergedError
 from examples.finetune.preemption import StoppedError
-from examples.finetune.report import report
 
 PROGRAM = "python -m examples.finetune"
+EXPECTED = (ValueError, OSError, ImportError, CheckpointError, DirectoryError, DivergedError)
 
 
 def parse(arguments: list[str]) -> Config:
@@ -37,14 +38,14 @@ def main(arguments: list[str]) -> int:
     """Fine-tunes and reports the results; returns the exit code."""
     print_anything()
     try:
-        config = parse(arguments)
-        outcome = train.run(config)
-        if jax.process_index() == 0:
-            report(outcome, config.output.out)
+        train.run(parse(arguments))
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)
-        return 128 + 15  # the exit code of SIGTERM in a shell
-    except (ValueError, OSError, ImportError, CheckpointError, DivergedError) as error:
+        return stopped.exit_code
+    except KeyboardInterrupt:
+        print("Interrupted. If there is a checkpoint, continue with --resume.", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except EXPECTED as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import dtnh_jax
 from examples.common.data import DataConfig
 from examples.common.objective import REGULARIZERS
 
@@ -28,6 +29,7 @@ RegularizerName = Literal[
 ]
 RuleName = Literal[
     "bounded_dtnh",
+    "bounded_sum",
     "weighted_sum",
     "dtnh",
     "decoupled",
@@ -42,6 +44,20 @@ RuleName = Literal[
     "cagrad",
     "config",
 ]
+
+# Arguments of dtnh_jax.dtnh_sgd and dtnh_adamw that make bounded_sum.
+BOUNDED_SUM: dict[str, Any] = {
+    "on_conflict": "keep",
+    "scope": "global",
+    "bound_by": "running_max",
+}
+# What --held-out makes of bounded_dtnh: arguments of dtnh_jax.dtnh_sgd and dtnh_adamw.
+HELD_OUT: dict[str, Any] = {
+    "on_conflict": "gate",
+    "scope": "global",
+    "bound_by": "running_max",
+    "reference": dtnh_jax.held_out(0.9),
+}
 
 
 @dataclass(frozen=True)
@@ -77,20 +93,32 @@ class TransferConfig:
     """The regularizer Ω. delta_attention is DELTA with channel weights, delta without."""
     rule: RuleName = "bounded_dtnh"
     """The rule that combines the gradients of loss and regularizer.
-    bounded_dtnh, the recommended one, is dtnh_sgd or dtnh_adamw, depending on the optimizer.
-    dtnh is the paper's."""
+    bounded_dtnh is dtnh_sgd or dtnh_adamw, depending on the optimizer: it drops what conflicts, and
+    hardly changes plain fine-tuning. bounded_sum, recommended with trial, keeps what conflicts; the
+    regularizer's part is at most as long as the longest of the loss so far. dtnh is the paper's."""
     reg_weight: float | None = None
     """The weight λ of the regularizer. If not set, that of the regularizer's authors."""
-    scope: Literal["global", "layer", "leaf", "element"] = "layer"
-    """The groups of parameters that the rule is applied to separately."""
+    scope: Literal["global", "layer", "leaf", "element"] | None = None
+    """The groups of parameters that the rule is applied to separately.
+    If not set, layer; in bounded_sum, and in bounded_dtnh with held_out, global."""
     on_conflict: Literal["project", "orthogonal", "gate", "cosine", "keep"] = "project"
     """dtnh, decoupled: what the rule does with a conflicting regularizer gradient."""
     max_ratio: float | None = None
-    """dtnh, bounded_dtnh: the largest norm of the regularizer's part, as a multiple of the loss's.
-    If not set, dtnh has no bound, and bounded_dtnh has 1."""
+    """dtnh, bounded_dtnh, bounded_sum: the largest norm of the regularizer's part, as a multiple of
+    the loss's. If not set, dtnh has no bound, and the others have 1."""
     reference_decay: float = 0.0
     """dtnh, decoupled: compare with an exponential average of the loss gradient, with this decay.
     0: compare with the gradient of the batch, as in the paper."""
+    held_out: float = 0.0
+    """bounded_dtnh, dtnh, decoupled: a share of the training images of each class, at least one
+    image, which are not trained on. The regularizer's gradient is compared with an average gradient
+    of the loss of these images. 0: none."""
+    held_out_every: int = 1
+    """Steps from one gradient of held-out images to the next."""
+    trial: float = 0.0
+    """A share of the steps, such as 0.33. Two trial runs of this length, without the regularizer
+    and with it, are compared by their loss on validation images. The run has the regularizer only
+    if the loss is lower with it. 0: no trial runs."""
     features: tuple[str, ...] = ()
     """Feature maps that the feature regularizers compare, by path.
     If not set, the output of each stage; for delta_attention, its last convolution."""
@@ -107,6 +135,14 @@ class TransferConfig:
     def weight(self) -> float:
         """The weight λ."""
         return REGULARIZERS[self.regularizer].weight if self.reg_weight is None else self.reg_weight
+
+    @property
+    def groups(self) -> Literal["global", "layer", "leaf", "element"]:
+        """The scope of the rule."""
+        if self.scope is not None:
+            return self.scope
+        of_all = self.rule == "bounded_sum" or (self.held_out and self.rule == "bounded_dtnh")
+        return "global" if of_all else "layer"
 
 
 @dataclass(frozen=True)
@@ -185,6 +221,8 @@ class OutputConfig:
     """The directory of checkpoints, logs, tables, figures and the fine-tuned weights."""
     resume: bool = False
     """Continue from the last checkpoint in the directory, or start if there is none."""
+    overwrite: bool = False
+    """Delete the results, logs and checkpoints of an earlier run in the directory."""
     checkpoint_every: int | None = None
     """Steps between checkpoints; evaluate_every if not set."""
     keep_last: int = 1
@@ -220,6 +258,8 @@ class Config:
         _check_devices(self.devices)
         for name in ("keep_last", "log_every", "checkpoint_every"):
             _check(self.output, name, lambda value: value >= 1, "be at least 1")
+        if self.output.resume and self.output.overwrite:
+            raise ValueError("Give --resume to continue a run, or --overwrite to delete it.")
 
     @property
     def checkpoint_every(self) -> int:
@@ -278,17 +318,63 @@ def _check_transfer(transfer: TransferConfig) -> None:
         _check(transfer, name, lambda value: value >= 0, "not be negative")
     for name in ("temperature", "epsilon", "estimation_images"):
         _check(transfer, name, lambda value: value > 0, "be positive")
-    _check(transfer, "reference_decay", lambda value: 0 <= value < 1, "be at least 0 and below 1")
+    for name in ("reference_decay", "held_out"):
+        _check(transfer, name, lambda value: 0 <= value < 1, "be at least 0 and below 1")
+    _check(transfer, "held_out_every", lambda value: value >= 1, "be at least 1")
+    _check(transfer, "trial", lambda value: 0 <= value <= 1, "be at least 0 and at most 1")
     for name, rules in (
         ("on_conflict", ("dtnh", "decoupled")),
         ("reference_decay", ("dtnh", "decoupled")),
-        ("max_ratio", ("dtnh", "bounded_dtnh")),
+        ("max_ratio", ("dtnh", "bounded_dtnh", "bounded_sum")),
+        ("held_out", ("bounded_dtnh", "dtnh", "decoupled")),
     ):
         is_set = getattr(transfer, name) != getattr(TransferConfig, name)
         if is_set and transfer.rule not in rules:
             raise ValueError(
-                f"{name} is an option of the rules {' and '.join(rules)}, not of {transfer.rule}."
+                f"{name} is an option of the rules {' and '.join(rules)}, not of {transfer.rule}. "
+                "Omit it, or choose one of these with --rule."
             )
+    if transfer.trial and transfer.regularizer == "none":
+        raise ValueError(
+            "trial decides whether the run has its regularizer, and the regularizer is none. Omit "
+            "it, or choose a regularizer."
+        )
+    if transfer.rule == "bounded_sum" and transfer.scope == "element":
+        raise ValueError(
+            "bounded_sum keeps a bound for each group, so that groups of one number are not "
+            "possible. Choose another --scope than element."
+        )
+    _check_held_out(transfer)
+
+
+def _check_held_out(transfer: TransferConfig) -> None:
+    if not transfer.held_out:
+        if transfer.held_out_every != 1:
+            raise ValueError(
+                "held_out_every is for held-out images, and there are none. Give their share too, "
+                "such as --held-out 0.1, or omit it."
+            )
+        return
+    if transfer.trial:
+        raise ValueError(
+            "trial and held_out are two ways to decide what the regularizer may do. Give only one "
+            "of them."
+        )
+    if transfer.regularizer == "none":
+        raise ValueError(
+            "held_out is for comparing the regularizer with images that are not trained on, and "
+            "the regularizer is none. Omit it, or choose a regularizer."
+        )
+    if transfer.reference_decay:
+        raise ValueError(
+            "reference_decay averages the gradient of training images, and held_out compares with "
+            "that of other images. Give only one of them."
+        )
+    if transfer.rule == "bounded_dtnh" and transfer.scope == "element":
+        raise ValueError(
+            "With held_out, bounded_dtnh keeps a bound for each group, so that groups of one "
+            "number are not possible. Choose another --scope than element."
+        )
 
 
 def _check_devices(devices: DeviceConfig) -> None:

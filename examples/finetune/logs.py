@@ -1,5 +1,6 @@
 """The logs of a run: JSON lines, a CSV table and TensorBoard event files."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -142,8 +143,11 @@ class Logs:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._enabled:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if not self._enabled:
+            return
+        # On a full disk, these fail too. The first error is the one to report.
+        with contextlib.suppress(*([] if error is None else [OSError])):
             self._lines.close()
             write(self._out / "metrics.csv", as_csv(read(self._out)).encode())
             if self._tensorboard:
@@ -154,8 +158,11 @@ class Logs:
         if not self._enabled or (record.split, record.step) in self._written:
             return
         self._written.add((record.split, record.step))
-        self._lines.write(json_line(record))
-        self._lines.flush()
+        try:
+            self._lines.write(json_line(record))
+            self._lines.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._out / "metrics.jsonl")) from error
         if self._tensorboard:
             for tag, value in scalars(record).items():
                 self._tensorboard.add_scalar(tag, value, record.step)

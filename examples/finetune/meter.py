@@ -3,13 +3,13 @@
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 import dtnh_jax
-from examples.common.data import DeviceBatches
+from examples.finetune.batches import TrainingBatches
 from examples.finetune.config import TrainingConfig
 from examples.finetune.logs import Record, of_conflict
 from examples.finetune.optimizer import learning_rate
@@ -55,18 +55,28 @@ class Meter:
     Args:
         training: Batch size, micro-batches and learning rate.
         batches: The training batches, which measure how long they were waited for.
-        seconds: The duration of the run before it was resumed.
+        state: The state of the meter before the run was resumed, from :meth:`get_state`.
     """
 
-    def __init__(self, training: TrainingConfig, batches: DeviceBatches, seconds: float) -> None:
+    def __init__(
+        self,
+        training: TrainingConfig,
+        batches: TrainingBatches,
+        state: dict[str, Any] | None = None,
+    ) -> None:
         self._accumulate, self._batch_size = training.accumulate, training.batch_size
         self._learning_rate = learning_rate(training)
         self._batches = batches
+        state = state or {"seconds": 0, "pending": [], "since": [0, 0], "total": [0, 0, 0]}
+        self._restored: list[list[Any]] = state["pending"]
         self._pending: list[Measured] = []
-        self._start, self._waited = time.perf_counter(), batches.waited_seconds
-        self._run_start = self._start - seconds
-        # Of each record: images, seconds, seconds of waiting.
-        self._records: list[tuple[int, float, float]] = []
+        seconds, waited = state["since"]  # the last record
+        self._start = time.perf_counter() - seconds
+        self._waited = batches.waited_seconds - waited
+        self._run_start = time.perf_counter() - state["seconds"]
+        # Images, seconds and seconds of waiting: of the records that did not compile, and of that
+        # which did.
+        self._total, self._first = np.array(state["total"], float), None
 
     @property
     def seconds(self) -> float:
@@ -82,6 +92,11 @@ class Meter:
     def read(self, step: int) -> Record:
         """Waits for the devices, and returns the averages since the last record."""
         measured = jax.device_get(self._pending)
+        like, form = jax.tree.flatten(measured[-1])
+        measured = [
+            form.unflatten(np.asarray(x, leaf.dtype) for x, leaf in zip(leaves, like, strict=True))
+            for leaves in self._restored
+        ] + measured
         averages = {
             name: float(np.mean([getattr(each, name) for each in measured]))
             for name in ("loss", "reg", "accuracy", "grad_norm")
@@ -92,8 +107,12 @@ class Meter:
         seconds = time.perf_counter() - self._start
         waited = self._batches.waited_seconds - self._waited
         n_images = len(measured) * self._batch_size // self._accumulate
-        self._records.append((n_images, seconds, waited))
-        self._pending = []
+        of_record = np.array([n_images, seconds, waited])
+        if self._first is None:
+            self._first = of_record
+        else:
+            self._total += of_record
+        self._pending, self._restored = [], []
         self._start, self._waited = time.perf_counter(), self._batches.waited_seconds
         return Record(
             step,
@@ -114,6 +133,26 @@ class Meter:
 
     def throughput(self) -> Throughput:
         """The speed of the run until now."""
-        records = self._records[1:] or self._records
-        n_images, seconds, waited = np.sum(records, axis=0) if records else (0, 1.0, 0.0)
+        n_images, seconds, waited = self._counted()
+        seconds = max(seconds, 1e-9)
         return Throughput(self.seconds, float(n_images / seconds), float(waited / seconds))
+
+    def get_state(self) -> dict[str, Any]:
+        """What a resumed run needs for the same records, as JSON."""
+        pending = [
+            [np.asarray(x).tolist() for x in jax.tree.leaves(measured)]
+            for measured in jax.device_get(self._pending)
+        ]
+        return {
+            "seconds": self.seconds,
+            "pending": self._restored + pending,
+            "since": [
+                time.perf_counter() - self._start,
+                self._batches.waited_seconds - self._waited,
+            ],
+            "total": self._counted().tolist(),
+        }
+
+    def _counted(self) -> np.ndarray:
+        """Images, seconds and waiting of the throughput."""
+        return self._total if self._total[0] or self._first is None else self._first

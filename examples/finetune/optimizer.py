@@ -6,7 +6,7 @@ import jax
 import optax
 
 import dtnh_jax
-from examples.finetune.config import TrainingConfig, TransferConfig
+from examples.finetune.config import BOUNDED_SUM, HELD_OUT, TrainingConfig, TransferConfig
 
 Params = Any
 Optimizer = optax.GradientTransformationExtraArgs
@@ -25,9 +25,10 @@ def make_optimizer(
         mask: A tree of booleans: which parameters have a regularizer gradient; ``None`` for all.
 
     Returns:
-        A transformation that takes a ``dtnh_jax.GradientPair``.
+        A transformation that takes a ``dtnh_jax.GradientPair`` and, with ``transfer.held_out``, the
+        extra argument ``held_out_grads``.
     """
-    options: dict[str, Any] = {"scope": transfer.scope, "mask": mask}
+    options: dict[str, Any] = {"scope": transfer.groups, "mask": mask}
     if transfer.rule in ("dtnh", "decoupled"):
         options |= {"on_conflict": transfer.on_conflict, "reference": _reference(transfer)}
     if transfer.rule == "dtnh":
@@ -46,11 +47,16 @@ def make_optimizer(
 
     if transfer.regularizer == "none":
         tx = optax.chain(dtnh_jax.weighted_sum(0.0, diagnostics=False), step, rate)
-    elif transfer.rule == "bounded_dtnh":  # dtnh_sgd or dtnh_adamw, with clipping
-        max_ratio = 1.0 if transfer.max_ratio is None else transfer.max_ratio
+    elif transfer.rule in ("bounded_dtnh", "bounded_sum"):  # dtnh_sgd or dtnh_adamw, with clipping
+        options["max_ratio"] = 1.0 if transfer.max_ratio is None else transfer.max_ratio
+        choices: dict[str, Any] = {"on_conflict": "gate"}
+        if transfer.rule == "bounded_sum":
+            choices = BOUNDED_SUM
+        elif transfer.held_out:
+            choices = HELD_OUT
         tx = optax.chain(
             dtnh_jax.transform_pair(loss=step, reg=optax.chain(clip, momentum), mask=mask),
-            dtnh_jax.dtnh(transfer.weight, on_conflict="gate", max_ratio=max_ratio, **options),
+            dtnh_jax.dtnh(transfer.weight, **choices | options),
             rate,
         )
     elif transfer.rule == "decoupled":
@@ -101,6 +107,8 @@ def _decoupled_rate(training: TrainingConfig) -> optax.Schedule:
 
 
 def _reference(transfer: TransferConfig) -> Any:
+    if transfer.held_out:
+        return HELD_OUT["reference"]
     return optax.ema(transfer.reference_decay) if transfer.reference_decay else "batch"
 
 

@@ -24,6 +24,7 @@ from examples.finetune.figure import as_png, draw, draw_confusion, in_network_or
 from examples.finetune.logs import Record
 from examples.finetune.meter import Throughput
 from examples.finetune.metrics import Metrics
+from examples.finetune.trials import Trial
 
 PACKAGES = ("dtnh_jax", "jax", "optax", "flax", "orbax-checkpoint", "grain", "numpy")
 
@@ -50,6 +51,8 @@ class Outcome:
     """The logs, see :func:`logs.read`."""
     layer_order: Sequence[str]
     """Names of the layers from image to logits."""
+    trial: Trial | None = None
+    """The result of trial runs, if there were any."""
 
 
 def report(outcome: Outcome, out: Path, console: Console | None = None) -> None:
@@ -96,7 +99,12 @@ def setting_rows(outcome: Outcome) -> list[list[str]]:
         rows.append(["regularizer", "none"])
     else:
         rows.append(["regularizer", f"{transfer.regularizer}, λ = {transfer.weight:g}"])
-        rows.append(["rule", f"{transfer.rule}, scope {transfer.scope}"])
+        rows.append(["rule", f"{transfer.rule}, scope {transfer.groups}"])
+    if (trial := outcome.trial) is not None:
+        losses = (
+            f"loss {trial.loss_with:.3f} with the regularizer, {trial.loss_without:.3f} without"
+        )
+        rows.append(["trial runs", losses])
     time = timedelta(seconds=round(outcome.throughput.seconds))
     return [
         *rows,
@@ -138,6 +146,8 @@ def summary(outcome: Outcome) -> list[str]:
             for index in worst
         )
         sentences.append(f"The hardest classes: {', '.join(named)}.")
+    if outcome.trial is not None:
+        sentences.append(str(outcome.trial))
     sentences += conflict_sentences(outcome)
     if outcome.best_step == outcome.config.training.steps:
         sentences.append("The last step was the best: a longer training may be better.")
@@ -233,6 +243,8 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "test": outcome.test.scalars | {"accuracy_of_class": of_class},
         **conflict_rates(outcome),
     }
+    if outcome.trial is not None:
+        numbers["trial"] = outcome.trial._asdict()
     return {
         "config": as_dict(outcome.config),
         "architecture": outcome.architecture,

@@ -1,6 +1,6 @@
 """Fine-tunes a network. Read this file from the top, and copy what you need.
 
-The order is: setup, state, objective, step, compilation, loop, evaluation, export.
+The order is: trial runs, setup, state, objective, step, compilation, loop, evaluation, export.
 """
 
 import dataclasses
@@ -13,27 +13,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import dtnh_jax
 from examples.common import data, objective, pretrained, resnet
-from examples.common.data import Batch, Dataset, DeviceBatches
+from examples.common.data import Batch, Dataset
 from examples.common.objective import REGULARIZERS, RegularizerInputs
 from examples.common.resnet import Network, Output, ResNetConfig
 from examples.common.standardisation import channel_statistics, standardise
-from examples.finetune import devices, logs, metrics
+from examples.finetune import devices, directory, logs, metrics, trials
+from examples.finetune.batches import TrainingBatches, load
 from examples.finetune.checkpoint import Checkpoints, Progress
 from examples.finetune.config import Config
 from examples.finetune.display import Display, introduce
 from examples.finetune.divergence import check_finite
+from examples.finetune.fingerprint import fingerprint
 from examples.finetune.freeze import complete, trained
 from examples.finetune.logs import Logs, Record
 from examples.finetune.meter import Measured, Meter, Throughput
 from examples.finetune.metrics import Metrics, Predictions
 from examples.finetune.optimizer import Optimizer, Params, make_optimizer
 from examples.finetune.preemption import StoppedError, stop_signal
-from examples.finetune.report import Outcome
+from examples.finetune.report import Outcome, report
 from examples.finetune.source import Source, estimate, load_source, with_features
+from examples.finetune.trials import Trial
 
 
 def run(config: Config) -> Outcome:
@@ -43,37 +47,99 @@ def run(config: Config) -> Outcome:
         config: The settings.
 
     Returns:
-        The results. The chosen network is in ``model.safetensors`` in the output directory.
+        The results, which are also printed. The output directory has them and the chosen network,
+        ``model.safetensors``.
 
     Raises:
         ValueError: If the settings, the data and the weights do not fit together.
+        DirectoryError: If another run uses the output directory, or an earlier one did.
         CheckpointError: If a checkpoint cannot be written, or is of another run.
         DivergedError: If the loss is not finite.
-        StoppedError: After SIGTERM; the state has been saved.
+        StoppedError: After a signal; the state has been saved.
     """
     devices.start_processes(config.devices)
-    dataset = data.load(config.data)
+    is_first = jax.process_index() == 0
+    with directory.claim(config):
+        dataset = load(config)
+        if is_first:
+            introduce(dataset)
+        if config.output.overwrite:
+            if is_first:
+                directory.clear(config.output.out)
+            multihost_utils.sync_global_devices("cleared")
+        trial = try_regularizer(config, dataset) if config.transfer.trial else None
+        decided = trials.settings(config, has_regularizer=trial is None or trial.helps)
+        task, program, best_step, throughput, state = fit(decided, dataset)
+        validation = evaluate(task, program, state.evaluated, dataset.validation)
+        test = evaluate(task, program, state.evaluated, dataset.test)
+        export(task, dataset, state.evaluated)
+        outcome = Outcome(
+            config=config,
+            architecture=task.model.architecture,
+            throughput=throughput,
+            best_step=best_step,
+            validation=validation,
+            test=test,
+            class_names=dataset.class_names,
+            records=logs.read(config.output.out),
+            layer_order=resnet.layer_names(task.model),
+            trial=trial,
+        )
+        if is_first:
+            report(outcome, config.output.out)
+    return outcome
+
+
+# --8<-- [start:trial]
+def try_regularizer(config: Config, dataset: Dataset) -> Trial:
+    """Runs a share of the steps without the regularizer, and with it.
+
+    Each is a run with checkpoints of its own, in a directory in the output directory. It has the
+    learning rate schedule of a whole run, and is compared after its last step.
+    """
+    losses = []
+    for has_regularizer in (False, True):
+        short = trials.shortened(config, has_regularizer=has_regularizer)
+        if jax.process_index() == 0:
+            print(f"Trial run {'with' if has_regularizer else 'without'} the regularizer:")
+        with directory.claim(short):
+            task, program, _, _, state = fit(short, dataset)
+        losses.append(evaluate(task, program, state.evaluated, dataset.validation).loss)
+    trial = Trial(short.training.steps, *losses)
     if jax.process_index() == 0:
-        introduce(dataset)
+        print(trial)
+    return trial
+
+
+# --8<-- [end:trial]
+
+
+class Fitted(NamedTuple):
+    """A finished training.
+
+    Attributes:
+        task: What was constant.
+        program: The compiled functions.
+        best_step: The step that was best on validation images.
+        throughput: The speed.
+        state: The state at the best step.
+    """
+
+    task: "Task"
+    program: "Program"
+    best_step: int
+    throughput: Throughput
+    state: "TrainState"
+
+
+def fit(config: Config, dataset: Dataset) -> Fitted:
+    """Fine-tunes, and restores the step that is best on validation images."""
     task = setup(config, dataset)
     program = make_program(task)
-    with Checkpoints(config.output.out / "checkpoints", config) as checkpoints:
+    with Checkpoints(config.output.out / "checkpoints", config, task.made_from) as checkpoints:
         best_step, throughput = train(task, program, dataset, checkpoints)
-        network = checkpoints.restore(best_step, program.like).evaluated
-    validation = evaluate(task, program, network, dataset.validation)
-    test = evaluate(task, program, network, dataset.test)
-    export(task, dataset, network)
-    return Outcome(
-        config=config,
-        architecture=task.model.architecture,
-        throughput=throughput,
-        best_step=best_step,
-        validation=validation,
-        test=test,
-        class_names=dataset.class_names,
-        records=logs.read(config.output.out),
-        layer_order=resnet.layer_names(task.model),
-    )
+        best_step, state = checkpoints.restore_best(best_step, program.like)
+    return Fitted(task, program, best_step, throughput, state)
 
 
 class Task(NamedTuple):
@@ -88,6 +154,7 @@ class Task(NamedTuple):
         source: Its arrays and what was estimated from them, on every device.
         mean: Mean of the channels, from 0 to 1, ``(1, 1, 1, 3)``.
         std: Standard deviation of the channels.
+        made_from: The fingerprint of the images and of the pre-trained weights.
     """
 
     config: Config
@@ -98,6 +165,7 @@ class Task(NamedTuple):
     source: Source
     mean: np.ndarray
     std: np.ndarray
+    made_from: dict[str, Any]
 
 
 def setup(config: Config, dataset: Dataset) -> Task:
@@ -113,7 +181,8 @@ def setup(config: Config, dataset: Dataset) -> Task:
     config = dataclasses.replace(config, transfer=with_features(config.transfer, model))
     estimates = estimate(loaded, config, dataset, mean, std)
     kept = devices.replicate(Source(loaded.network, estimates), mesh)
-    return Task(config, mesh, model, initial, loaded.config, kept, mean, std)
+    made_from = fingerprint(dataset, None if config.model.init is None else loaded.network)
+    return Task(config, mesh, model, initial, loaded.config, kept, mean, std, made_from)
 
 
 class TrainState(NamedTuple):
@@ -151,16 +220,24 @@ def initial_state(task: Task, optimizer: Optimizer) -> TrainState:
 
 
 # --8<-- [start:objective]
+def loss_of(
+    task: Task, network: Network, images: jax.Array, labels: jax.Array
+) -> tuple[jax.Array, Output]:
+    """The loss of standardised images, and the output of the network in training mode."""
+    output = resnet.apply(task.model, network, images, train=True)
+    smoothing = task.config.training.label_smoothing
+    return objective.cross_entropy(output.logits, labels, smoothing), output
+
+
 def gradients(task: Task, network: Network, source: Source, batch: Batch, key: jax.Array) -> Any:
     """Returns ``((loss, reg), output), pair`` of a micro-batch."""
-    training, transfer = task.config.training, task.config.transfer
+    transfer = task.config.transfer
     images = standardise(batch.images, task.mean, task.std)
     source_output = resnet.apply(task.source_model, source.network, images, train=False)
 
     def loss_and_reg(params: Params) -> Any:
         current = network._replace(params=complete(params, network.params))
-        output = resnet.apply(task.model, current, images, train=True)
-        loss = objective.cross_entropy(output.logits, batch.labels, training.label_smoothing)
+        loss, output = loss_of(task, current, images, batch.labels)
         reg = REGULARIZERS[transfer.regularizer](
             RegularizerInputs(
                 params=params,
@@ -186,16 +263,45 @@ def gradients(task: Task, network: Network, source: Source, batch: Batch, key: j
 # --8<-- [end:objective]
 
 
+# --8<-- [start:held_out]
+def held_out_gradient(task: Task, network: Network, batch: Batch, so_far: Params | None) -> Params:
+    """Adds the loss gradient of a micro-batch of held-out images to those of the step.
+
+    Batch norm's averages of these images are not kept.
+    """
+    images = standardise(batch.images, task.mean, task.std)
+
+    def loss(params: Params) -> jax.Array:
+        current = network._replace(params=complete(params, network.params))
+        return loss_of(task, current, images, batch.labels)[0] / task.config.training.accumulate
+
+    grads = jax.grad(loss)(trained(network.params, task.config.model.freeze))
+    return grads if so_far is None else jax.tree.map(jnp.add, so_far, grads)
+
+
+# --8<-- [end:held_out]
+
+
 # --8<-- [start:step]
 def train_step(
-    task: Task, optimizer: Optimizer, state: TrainState, source: Source, batch: Batch
+    task: Task,
+    optimizer: Optimizer,
+    state: TrainState,
+    source: Source,
+    batch: Batch,
+    held_out_grads: Params | None = None,
 ) -> tuple[TrainState, Measured]:
     """Processes one micro-batch. Of ``task``, it uses no array of a network."""
     training, network = task.config.training, state.network
     key = jax.random.fold_in(jax.random.key(training.seed), state.seen)
     ((loss, reg), output), pair = gradients(task, network, source, batch, key)
     params = trained(network.params, task.config.model.freeze)
-    updates, opt_state = optimizer.update(pair, state.opt_state, params)
+    extra_args = {}
+    if task.config.transfer.held_out:
+        is_new = held_out_grads is not None
+        held_out_grads = held_out_grads if is_new else jax.tree.map(jnp.zeros_like, params)
+        extra_args["held_out_grads"] = dtnh_jax.HeldOutGrads(held_out_grads, is_new)
+    updates, opt_state = optimizer.update(pair, state.opt_state, params, **extra_args)
     params = complete(optax.apply_updates(params, updates), network.params)
     network = Network(params, output.batch_stats)
 
@@ -241,14 +347,17 @@ class Program(NamedTuple):
     Attributes:
         init: Returns the state before the first step, on the devices.
         like: The shapes, dtypes and shardings of the state.
-        train: From state, source and batch to the next state and :class:`Measured`. It donates
-            the buffers of the state.
+        train: From state, source, batch and held-out gradient to the next state and
+            :class:`Measured`. It donates the buffers of the state. With and without a held-out
+            gradient, these are two programs: in a branch of one, convolutions are slow on a CPU.
+        held_out: From network, held-out batch and the sum so far, or ``None``, to the next sum.
         evaluate: From network and batch to predictions.
     """
 
     init: Callable[[], TrainState]
     like: TrainState
-    train: Callable[[TrainState, Source, Batch], tuple[TrainState, Measured]]
+    train: Callable[..., tuple[TrainState, Measured]]
+    held_out: Callable[[Network, Batch, Params | None], Params]
     evaluate: Callable[[Network, Batch], Predictions]
 
 
@@ -259,11 +368,13 @@ def make_program(task: Task) -> Program:
     optimizer = make_optimizer(config.transfer, config.training, mask=regularized(task))
     init = functools.partial(initial_state, task, optimizer)
     shardings = devices.state_sharding(jax.eval_shape(init), task.mesh)
+    of_params = trained(shardings.network.params, config.model.freeze)
     train = functools.partial(train_step, task, optimizer)
     return Program(
         init=lambda: devices.place(init(), shardings),
         like=devices.abstract(jax.eval_shape(init), shardings),
         train=jax.jit(train, donate_argnums=0, out_shardings=(shardings, replicated)),
+        held_out=jax.jit(functools.partial(held_out_gradient, task), out_shardings=of_params),
         evaluate=jax.jit(functools.partial(evaluation_step, task), out_shardings=replicated),
     )
 
@@ -293,14 +404,15 @@ def train(
         The step that was best on validation images, and the speed.
     """
     training, output = task.config.training, task.config.output
-    batches = training_batches(task, dataset)
-    restored = checkpoints.restore_last(program.like, resume=output.resume)
+    held_out_every = task.config.transfer.held_out_every
+    batches = TrainingBatches(task.config, dataset, task.mesh)
+    restored = checkpoints.restore_last(program.like)
     if restored is None:
-        step, best, seconds, state = 0, None, 0.0, program.init()
+        step, best, meter_state, state = 0, None, None, program.init()
     else:
-        (step, place, best, seconds), state = restored
+        (step, place, best, meter_state), state = restored
         batches.set_state(place)
-    meter = Meter(training, batches, seconds)
+    meter = Meter(training, batches, meter_state)
     first = jax.process_index() == 0
     with (
         batches,
@@ -313,16 +425,31 @@ def train(
             written.write(record)
             display.show(record)
 
+        if dataset.held_out is not None:
+            n = len(dataset.held_out)
+            display.message(
+                f"{n} of {n + len(dataset.train)} training images are held out. The regularizer is "
+                "compared with their gradient."
+            )
+        if best is None and step >= training.evaluate_every:  # the best checkpoint is lost
+            validation = evaluate(task, program, state.evaluated, dataset.validation)
+            best = (step, metrics.score(validation, training.choose_by))
         display.message("Compiling the first step.")
         while step < training.steps:
+            held_out_grads = None  # in the steps that have none
+            if batches.held_out is not None and step % held_out_every == 0:
+                for _ in range(training.accumulate):
+                    batch = next(batches.held_out)
+                    held_out_grads = program.held_out(state.network, batch, held_out_grads)
             for _ in range(training.accumulate):
-                state, measured = program.train(state, task.source, next(batches))
+                batch = next(batches.train)
+                state, measured = program.train(state, task.source, batch, held_out_grads)
                 meter.add(measured)
             step += 1
             display.advance()
 
             stop, last = must_stop(step), step == training.steps
-            log_now = step % output.log_every == 0 or last or stop
+            log_now = step % output.log_every == 0 or last
             evaluate_now = step % training.evaluate_every == 0 or last
             save_now = step % task.config.checkpoint_every == 0 or last or stop
             if log_now or evaluate_now or save_now:
@@ -331,37 +458,25 @@ def train(
                 log(meter.read(step))
             with meter.paused():
                 if evaluate_now:
-                    held_out = evaluate(task, program, state.evaluated, dataset.validation)
-                    log(logs.of_metrics(step, "validation", held_out))
-                    score = metrics.score(held_out, training.choose_by)
+                    validation = evaluate(task, program, state.evaluated, dataset.validation)
+                    log(logs.of_metrics(step, "validation", validation))
+                    score = metrics.score(validation, training.choose_by)
                     if best is None or score > best[1]:
                         best, save_now = (step, score), True
                 if save_now:
                     place = batches.get_state()
-                    checkpoints.save(Progress(step, place, best, meter.seconds), state)
+                    checkpoints.save(Progress(step, place, best, meter.get_state()), state)
             if stop and not last:
                 raise StoppedError(
                     f"Stopped by a signal at step {step} of {training.steps}. The state is saved; "
-                    "continue with --resume."
+                    "continue with --resume.",
+                    stop,
                 )
     assert best is not None
     return best[0], meter.throughput()
 
 
 # --8<-- [end:loop]
-
-
-def training_batches(task: Task, dataset: Dataset) -> DeviceBatches:
-    """Endless training batches on the devices."""
-    config, training = task.config, task.config.training
-    batches = data.train_batches(
-        dataset.train,
-        config.data,
-        batch_size=training.batch_size // training.accumulate,
-        seed=training.seed,
-        **devices.process(),
-    )
-    return data.to_device(batches, devices.batch_sharding(task.mesh), config.devices.prefetch)
 
 
 def evaluate(task: Task, program: Program, network: Network, images: data.Source) -> Metrics:

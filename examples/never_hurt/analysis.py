@@ -6,13 +6,13 @@ part of it, and the name of the column of differences.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from examples.never_hurt.cell import NONE, Result
+from examples.never_hurt.cell import NONE, Cell, Result
 from examples.never_hurt.grids import KINDS
 from examples.never_hurt.sources import RANDOM_WEIGHTS
 
@@ -27,6 +27,9 @@ SETTING = [*TASK, "rule", "strength"]
 
 TAIL = (1 - LEVEL) / 2
 
+Choice = Literal["validation", "held_out"]
+"""The images that a strength is chosen on."""
+
 
 class Interval(NamedTuple):
     """A mean and its bootstrap interval."""
@@ -40,15 +43,29 @@ def frame(results: Iterable[Result]) -> pd.DataFrame:
     """One row per cell, with its settings and results as columns.
 
     ``accuracy`` is that on test images, or on validation images if the cell has no test accuracy;
-    it and ``validation`` are in percent. ``kind`` is the kind of the source.
+    it and ``validation`` are in percent. ``kind`` is the kind of the source. ``rule`` also names
+    the procedure, unless it is plain, and the number of images held out, if the same rule was run
+    with other numbers: ``weighted_sum, lp_ft`` and ``weighted_sum, 2 held out``.
     """
     cells = pd.DataFrame([{**vars(each.cell), **vars(each)} for each in results])
     accuracy = cells["test"].astype(float).fillna(cells["validation"])
     return cells.drop(columns=["cell", "test"]).assign(
+        rule=_methods(cells),
         accuracy=100 * accuracy,
         validation=100 * cells["validation"],
         kind=cells["source"].map(pd.Series(KINDS)),
     )
+
+
+def _methods(cells: pd.DataFrame) -> pd.Series:
+    """The names of rules with what else distinguishes their cells."""
+    is_plain = cells["procedure"] == Cell.procedure
+    named = cells["rule"] + ", " + cells["procedure"]
+    names = named.where(cells["rule"] != NONE, cells["procedure"]).mask(is_plain, cells["rule"])
+    numbers = cells["held_out"].groupby(names)
+    varies = numbers.transform("nunique") > 1
+    with_number = names + ", " + cells["held_out"].astype(str) + " held out"
+    return names.mask(varies & (cells["held_out"] > 0), with_number)
 
 
 def compare(cells: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
@@ -65,12 +82,13 @@ def compare(cells: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
         The regularized cells with more columns: the baselines ``plain`` (plain fine-tuning),
         ``scratch`` (training from random weights) and ``weighted_sum`` (the same setting with the
         weighted sum), and the differences ``against_plain``, ``against_scratch`` and
-        ``against_sum``. A baseline that was not run is NaN.
+        ``against_sum``. A baseline that was not run is NaN. ``plain_validation`` is the accuracy of
+        the plain runs on validation images.
 
     Raises:
         ValueError: If a cell has no plain run of its seed.
     """
-    is_plain = cells["regularizer"] == NONE
+    is_plain = cells["rule"] == NONE
     plain = cells[is_plain]
     baselines = {
         "plain": (plain, [*PAIR, "seed"]),
@@ -80,6 +98,9 @@ def compare(cells: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:
     compared = cells[~is_plain]
     for name, (runs, shared) in baselines.items():
         compared = compared.join(runs.groupby(shared)[metric].mean().rename(name), on=shared)
+    of_seed = [*PAIR, "seed"]
+    chosen_on = plain.groupby(of_seed)["validation"].mean().rename("plain_validation")
+    compared = compared.join(chosen_on, on=of_seed)
     alone = compared[compared["plain"].isna()]
     if len(alone):
         raise ValueError(f"Cells have no plain run of their seed:\n{alone[[*SETTING, 'seed']]}")
@@ -211,6 +232,38 @@ def at_best_strength(cells: pd.DataFrame) -> pd.DataFrame:
     scores = cells.groupby(SETTING, sort=False)["validation"].mean()
     best = scores.groupby([*TASK, "rule"], sort=False).idxmax()
     return pd.DataFrame(list(best), columns=SETTING).merge(cells, on=SETTING)
+
+
+def with_chosen_strength(cells: pd.DataFrame, on: Choice) -> pd.DataFrame:
+    """What a user gets who trains once with each strength and keeps the best network.
+
+    Args:
+        cells: What `compare` returns. Cells with λ = 0 are candidates.
+        on: The images that the accuracies are compared on: the validation images, with plain
+            fine-tuning as another candidate; or the images that were held out of the training
+            images, which costs their use for training. There, only cells with held-out images are
+            candidates. Of equal accuracies, the lowest loss on these images is chosen, or else the
+            lowest strength.
+
+    Returns:
+        For each task, rule and seed the cell that is chosen; plain fine-tuning has strength 0.
+    """
+    if on == "validation":
+        plain = cells.drop_duplicates([*TASK, "rule", "seed"])
+        plain = plain.assign(
+            strength=0.0,
+            validation=plain["plain_validation"],
+            accuracy=plain["plain"],
+            against_plain=0.0,
+        )
+        order = pd.concat([plain, cells]).sort_values(
+            ["validation", "strength"], ascending=[False, True], kind="stable"
+        )
+    else:
+        order = cells.dropna(subset="held_out_accuracy").sort_values(
+            ["held_out_accuracy", "held_out_loss", "strength"], ascending=[False, True, True]
+        )
+    return order.drop_duplicates([*TASK, "rule", "seed"]).sort_index(kind="stable")
 
 
 def kept_gain(best: pd.DataFrame, rule: str, seed: int = 0) -> Interval:

@@ -12,6 +12,9 @@ from examples.common.data import pad_margin
 from examples.common.epochs import draw_batches
 from examples.never_hurt.cell import Cell
 
+TRIAL_VIEWS = 8
+"""Views of each held-out image that a trial run is judged by."""
+
 
 class Plan(NamedTuple):
     """The views of one step, or of all steps along a first axis.
@@ -53,28 +56,47 @@ def schedule(cell: Cell, labels: np.ndarray) -> Schedule:
 
     Of each class, ``cell.held_out`` images are drawn by the seed and not trained on, until
     ``cell.returned_at``; from there on all images are trained on, and no held-out gradient is
-    computed any more.
+    computed any more. With trial runs, the run itself trains on all images.
     """
     everything = np.arange(len(labels))
     size, batch_size, seed = cell.image_size, cell.batch_size, (cell.seed, cell.order)
-    if not cell.held_out:
+    if not cell.held_out or cell.trial:
         train = draw(len(labels), size, batch_size, cell.steps, seed)
         return Schedule(train, None)
-    rng = np.random.default_rng((cell.seed, 2))
-    held_out = np.concatenate(
-        [
-            rng.permutation(np.flatnonzero(labels == each))[: cell.held_out]
-            for each in np.unique(labels)
-        ]
-    )
     apart = round(cell.returned_at * cell.steps)
-    train = _of(np.setdiff1d(everything, held_out), size, batch_size, apart, (*seed, 3))
+    held_out = held_out_images(cell, labels)
+    train = _without(held_out, cell, labels, apart)
     if apart < cell.steps:
         returned = _of(everything, size, batch_size, cell.steps - apart, (*seed, 4))
         train = Plan(*(np.concatenate(parts) for parts in zip(train, returned, strict=True)))
     return Schedule(
         train, _of(held_out, size, min(batch_size, len(held_out)), cell.steps, (*seed, 5))
     )
+
+
+def trial_schedule(cell: Cell, labels: np.ndarray) -> tuple[Schedule, Plan]:
+    """Draws the images of a trial run, and the views of held-out images that it is judged by."""
+    steps = max(1, round(cell.trial * cell.steps))
+    held_out = held_out_images(cell, labels)
+    train = _without(held_out, cell, labels, steps)
+    views = _of(held_out, cell.image_size, len(held_out), TRIAL_VIEWS, (cell.seed, cell.order, 6))
+    return Schedule(train, None), Plan(*(each.reshape(-1, *each.shape[2:]) for each in views))
+
+
+def held_out_images(cell: Cell, labels: np.ndarray) -> np.ndarray:
+    """The indices of the training images of each class that are held out."""
+    rng = np.random.default_rng((cell.seed, 2))
+    return np.concatenate(
+        [
+            rng.permutation(np.flatnonzero(labels == each))[: cell.held_out]
+            for each in np.unique(labels)
+        ]
+    )
+
+
+def _without(held_out: np.ndarray, cell: Cell, labels: np.ndarray, steps: int) -> Plan:
+    which = np.setdiff1d(np.arange(len(labels)), held_out)
+    return _of(which, cell.image_size, cell.batch_size, steps, (cell.seed, cell.order, 3))
 
 
 def _of(which: np.ndarray, size: int, batch_size: int, steps: int, seed: Sequence[int]) -> Plan:
@@ -103,6 +125,6 @@ def views(images: jax.Array, plan: Plan) -> jax.Array:
     return standardise(jax.vmap(cut)(padded, plan.flip, plan.corner))
 
 
-def standardise(images: jax.Array) -> jax.Array:
+def standardise(images: Any) -> jax.Array:
     """Converts ``uint8`` images to the inputs of a network, with ImageNet's mean and deviation."""
     return standardisation.standardise(images, *standardisation.channel_statistics({}))

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 NONE = "none"
-ADDED = ("held_out", "held_out_every", "returned_at")
+ADDED = ("held_out", "held_out_every", "returned_at", "trial", "procedure")
 """Settings that were added after the first results."""
 
 
@@ -50,6 +50,11 @@ class Cell:
     """Steps from one held-out gradient to the next."""
     returned_at: float = 1.0
     """The share of training after which the held-out images are trained on, too; 1: never."""
+    trial: float = 0.0
+    """The share of the steps that two trial runs take, with and without the regularizer, on all but
+    the held-out images, whose loss decides whether the run itself has it; 0: no trial runs."""
+    procedure: str = "plain"
+    """What is done around the steps of training, see `procedures`."""
 
     def __post_init__(self) -> None:
         # 1 and 1.0 are one setting, with one key.
@@ -62,11 +67,16 @@ class Cell:
                 raise ValueError(f"{name} must be finite and at least {lowest}; got {value}.")
         if not 0 < self.returned_at <= 1:
             raise ValueError(f"returned_at must be in (0, 1]; got {self.returned_at}.")
+        if not 0 <= self.trial <= 1:
+            raise ValueError(f"trial must be in [0, 1]; got {self.trial}.")
+        if self.trial and not self.held_out:
+            raise ValueError("Trial runs are compared on held-out images: set held_out.")
 
     def is_due(self, step: int) -> bool:
         """Whether a step computes a held-out gradient."""
         is_apart = step < round(self.returned_at * self.steps)
-        return self.held_out > 0 and is_apart and step % self.held_out_every == 0
+        has_gradient = self.held_out > 0 and not self.trial
+        return has_gradient and is_apart and step % self.held_out_every == 0
 
     @property
     def key(self) -> str:
@@ -94,8 +104,14 @@ class Result:
             gradients, as the rule sees them, conflict; empty without a regularizer.
         removed: For each quarter of training the mean share of the regularizer's gradient that the
             rule removes, over all layers; None where it is not finite, after a divergence.
-        seconds: The time of training, without compilation.
+        trial_losses: On the held-out images, after the trial run without the regularizer and after
+            the one with it; None without trial runs.
+        seconds: The time of training, without compilation of its steps.
         version: The version of the project that computed it; None in files of older versions.
+        held_out_accuracy: On the images that are not trained on; None without any.
+        held_out_loss: On the same images; None without any, or if it was not finite.
+        chosen: The number of steps at which early stopping stopped, or the share of the fine-tuned
+            network in an interpolation; None with other procedures.
     """
 
     cell: Cell
@@ -105,8 +121,12 @@ class Result:
     train_loss: float | None
     conflict: Mapping[str, list[float]] = field(default_factory=dict)
     removed: list[float | None] = field(default_factory=list)
+    trial_losses: list[float] | None = None
     seconds: float = 0.0
     version: str | None = None
+    held_out_accuracy: float | None = None
+    held_out_loss: float | None = None
+    chosen: float | None = None
 
     def to_json(self) -> str:
         """Formats the result as one line."""

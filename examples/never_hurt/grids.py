@@ -50,6 +50,10 @@ class Part:
     """Training images per class that rules with a held-out reference do not train on."""
     returned_at: float = 1.0
     """The share of training after which they are trained on, too."""
+    trial: float = 0.0
+    """The share of the steps that trial runs take; 0: none."""
+    procedure: str = "plain"
+    """What is done around the steps of training, see `procedures`."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,8 @@ class Grid:
                             strength=strength,
                             held_out=part.held_out,
                             returned_at=part.returned_at,
+                            trial=part.trial,
+                            procedure=part.procedure,
                         )
                         for regularizer, rule, strength in itertools.product(
                             part.regularizers, part.rules, part.strengths
@@ -212,6 +218,46 @@ REFERENCES = (
     *("held_out_current", "held_out_unbounded", "held_out_project"),
 )
 TENFOLD = (1.0, 10.0, 100.0, 1000.0)
+TRIAL = 1 / 3
+"""The share of the steps that a trial run takes."""
+
+
+def with_trial_runs(part: Part, held_out: int) -> Part:
+    """The same settings, each with trial runs that decide whether it has its regularizer."""
+    return replace(part, rules=("trial_runs",), held_out=held_out, trial=TRIAL)
+
+
+def rivals(of: Part, held_out: int) -> tuple[Part, ...]:
+    """What users would take instead, for the tasks of a part."""
+    plain = replace(of, regularizers=(NONE,), rules=(NONE,), strengths=(0.0,))
+    l2_sp = replace(of, regularizers=("l2_sp",))
+    return (
+        *(replace(plain, procedure=each) for each in ("lp_ft", "wise_ft_half")),
+        *(
+            replace(plain, procedure=each, held_out=held_out)
+            for each in ("wise_ft", "early_stopping")
+        ),
+        replace(l2_sp, rules=("spd",), strengths=(1.0, 100.0)),
+        replace(l2_sp, rules=("ftp",), strengths=(1.0,)),
+        replace(of, rules=("auto_lambda",), strengths=(1.0, 100.0), held_out=held_out),
+        # One run for each weight, from which the best on held-out images is chosen.
+        replace(of, rules=("weighted_sum",), strengths=(0.0, *of.strengths), held_out=held_out),
+    )
+
+
+GAINS = (
+    Part(("cifar10",), ("cifar10",), CONTAINED, SUMS, TENFOLD, range(5)),
+    Part(
+        *(("cifar10",), ("cifar10",), ("distillation", "attention_transfer", "delta")),
+        *((SUMS[0], *SUMS[2:]), (0.1, 1.0, 10.0), range(3)),
+    ),
+)
+GAINS_25 = Part(("cifar10",), ("cifar10",), CONTAINED[:1], SUMS, TENFOLD[2:], range(3))
+GAINS_PUBLIC = Part(
+    *(("cifar10_resnet20.safetensors",), ("cifar10",), CONTAINED[:1]),
+    *(SUMS, (10.0, 100.0), range(2)),
+)
+HARM = Part(SOURCES, TARGETS, TRANSFER, (), (1.0, 100.0, 1000.0), range(3))
 
 GRIDS: Mapping[str, Grid] = {
     # The main question.
@@ -264,7 +310,9 @@ GRIDS: Mapping[str, Grid] = {
     # each setting. Rules with a held-out reference train on one image per class less.
     "gains": Grid(
         [
-            Part(("cifar10",), ("cifar10",), CONTAINED, SUMS, TENFOLD, range(3)),
+            *GAINS,
+            *(with_trial_runs(part, held_out=1) for part in GAINS),
+            *rivals(replace(GAINS[0], seeds=range(3)), held_out=1),
             Part(("cifar10",), ("cifar10",), CONTAINED, HELD_OUT, TENFOLD, range(3), held_out=1),
             Part(
                 *(("cifar10",), ("cifar10",), CONTAINED[:1], ("held_out_returned",)),
@@ -278,6 +326,24 @@ GRIDS: Mapping[str, Grid] = {
         steps=300,
         images_per_class={"cifar10": 5},
     ),
+    # The same with more images.
+    "gains_25": Grid(
+        [GAINS_25, with_trial_runs(GAINS_25, held_out=5)],
+        learning_rates=(0.01, 0.03),
+        tuned="each",
+        steps=300,
+        images_per_class={"cifar10": 25},
+    ),
+    # The same with a public network of 32 px. Of 0.01 and 0.03, the smaller rate was better in a
+    # pilot for plain fine-tuning and for the sum.
+    "gains_public": Grid(
+        [GAINS_PUBLIC, with_trial_runs(GAINS_PUBLIC, held_out=1)],
+        learning_rates=(0.01,),
+        tuned="each",
+        architecture="cifar_resnet20",
+        image_size=32,
+        images_per_class={"cifar10": 5},
+    ),
     # Harm to avoid: sources that do not suit the target, up to a thousand times the usual weight.
     "harm": Grid(
         [
@@ -289,9 +355,26 @@ GRIDS: Mapping[str, Grid] = {
             for part in (
                 Part((), (), TRANSFER, (SUMS[0], *SUMS[2:]), (1.0, 100.0, 1000.0), range(3)),
                 Part((), (), TRANSFER, HELD_OUT, (1.0, 100.0, 1000.0), range(3), held_out=3),
+                with_trial_runs(HARM, held_out=3),
+                *rivals(HARM, held_out=3),
             )
         ],
         learning_rates=(0.01, 0.03, 0.1),
+    ),
+    # Other pairs of the main question, with trial runs.
+    "harm_wide": Grid(
+        [
+            with_trial_runs(
+                replace(HARM, sources=(source,), targets=(target,), strengths=(1.0, 1000.0)), 3
+            )
+            for source, target in (
+                ("tinyimagenet", "caltech101"),
+                ("medmnist", "cifar10"),
+                ("random_weights", "scene15"),
+                ("medmnist", "caltech101"),
+                ("gtsrb", "cifar10"),
+            )
+        ],
     ),
     # What the parts of the held-out preset do, on validation images alone.
     "references": Grid(

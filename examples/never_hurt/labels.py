@@ -14,6 +14,13 @@ LABELS = {
     "upgrad": "UPGrad",
     "cagrad": "CAGrad",
     "config": "ConFIG",
+    "spd": "SPD",
+    "ftp": "FTP",
+    "auto_lambda": "Auto-λ, first order",
+    "early_stopping": "early stopping",
+    "wise_ft": "WiSE-FT, share chosen",
+    "wise_ft_half": "WiSE-FT, half",
+    "lp_ft": "LP-FT",
     "gate": "gate (layer)",
     "bounded_dtnh": "bounded DTNH",
     "gate_bounded": "gate, bound 1",
@@ -38,6 +45,7 @@ LABELS = {
     "held_out_project": "held out, projection",
     "held_out_current": "held out, gate, current bound",
     "held_out_unbounded": "held out, gate, no bound",
+    "trial_runs": "trial runs, bound by the running maximum",
     "running_bound": "bound by the running maximum alone",
     "l2_sp": "L2-SP",
     "distillation": "distillation",
@@ -63,7 +71,7 @@ def label(value: object) -> str:
     """Names a source, a target, a regularizer, a rule or, if it is a number, a strength."""
     if isinstance(value, float):
         return f"λ × {value:g}"
-    return LABELS.get(str(value), str(value).replace("_", " "))
+    return ", ".join(LABELS.get(part, part.replace("_", " ")) for part in str(value).split(", "))
 
 
 def points(value: float) -> str:

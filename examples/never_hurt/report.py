@@ -20,6 +20,15 @@ COMPARED = ("weighted_sum", "dtnh_layer", "bounded_dtnh")
 """The rules of the table of gains by pair."""
 
 
+GAINS = ("gains", "gains_25", "gains_public")
+"""The grids of tasks with a gain to keep."""
+KEEPING = (
+    *("weighted_sum", "dtnh_layer", "bounded_dtnh", "held_out_global"),
+    *("running_bound", "trial_runs"),
+)
+"""The rules of the tables of what is kept."""
+
+
 def study(folder: Path, grid: str) -> pd.DataFrame | None:
     """The results of a complete grid, compared with plain fine-tuning; None without a file.
 
@@ -60,11 +69,14 @@ def make_tables(studies: Mapping[str, pd.DataFrame]) -> dict[str, Rows]:
     if (variants := studies.get("variants")) is not None:
         made["variants"] = tables.by_rule(variants)
     if (gains := studies.get("gains")) is not None:
-        made["gains-kept"] = tables.kept(gains)
         made["gains-chosen"] = tables.best_by_pair(gains)
+    of_gains = [studies[name] for name in GAINS if name in studies]
+    if of_gains:
+        made["gains-kept"] = tables.kept(of_gains, KEEPING)
+        made["gains-kept-tenfold"] = tables.kept(of_gains, KEEPING, times=10.0)
     if (references := studies.get("references")) is not None:
         made["references"] = tables.by_regularizer(references)
-    for name in ("gains", "harm"):
+    for name in (*GAINS, "harm", "harm_wide"):
         if (cells := studies.get(name)) is not None:
             made[f"{name}-baseline"] = tables.plain(cells)
             made[f"{name}-by-regularizer"] = tables.by_regularizer(cells)
@@ -74,6 +86,8 @@ def make_tables(studies: Mapping[str, pd.DataFrame]) -> dict[str, Rows]:
             made[f"{name}-verdicts"] = tables.verdicts(cells)
             made[f"{name}-regularizers"] = tables.by_regularizer(cells)
             made[f"{name}-plain"] = tables.plain(cells)
+    for name, cells in studies.items():
+        made[f"{name}-chosen-strength"] = tables.chosen_strength(cells)
     return made
 
 

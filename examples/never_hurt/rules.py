@@ -13,6 +13,7 @@ import optax
 from jax.typing import ArrayLike
 
 import dtnh_jax
+from examples.never_hurt import rivals
 
 MOMENTUM = 0.9
 
@@ -60,9 +61,37 @@ def held_out(**choices: Any) -> Callable[[Setting], Optimizer]:
     return preset(**choices)
 
 
+running_bound = preset(scope="global", on_conflict="keep", bound_by="running_max")
+"""The weighted sum of the momenta with a bound that does not fade with the loss."""
+
+
 def placebo(at: Setting) -> Optimizer:
     """A control: the preset, with noise of the same length for the regularizer gradient."""
     return optax.chain(dtnh_jax.transform_pair(reg=noise(), mask=at.mask), preset()(at))
+
+
+def loss_alone(at: Setting) -> Optimizer:
+    """SGD on the loss gradient, which measures conflict by layer."""
+    return before_sgd(lambda _, **choices: dtnh_jax.weighted_sum(0.0, **choices))(at)
+
+
+def spd(at: Setting) -> Optimizer:
+    """Selective projection decay."""
+    return rivals.selective_projection(loss_alone(at), at.reg_weight)
+
+
+def ftp(at: Setting) -> Optimizer:
+    """Fast trainable projection, which has no λ."""
+    return rivals.trainable_projection(loss_alone(at))
+
+
+def auto_lambda(at: Setting) -> Optimizer:
+    """The weighted sum, with a λ that follows the loss of held-out images."""
+
+    def weighted_sum(reg_weight: ArrayLike) -> Optimizer:
+        return before_sgd(dtnh_jax.weighted_sum)(at._replace(reg_weight=reg_weight))
+
+    return rivals.auto_lambda(weighted_sum, at.reg_weight)
 
 
 def noise() -> optax.GradientTransformation:
@@ -97,6 +126,9 @@ RULES: Mapping[str, Callable[[Setting], Optimizer]] = {
     "upgrad": before_sgd(dtnh_jax.upgrad),
     "cagrad": before_sgd(dtnh_jax.cagrad),
     "config": before_sgd(dtnh_jax.config),
+    "spd": spd,
+    "ftp": ftp,
+    "auto_lambda": auto_lambda,
     # Choices of this library, on the gradients of the batch.
     "gate": before_sgd(dtnh_jax.dtnh, on_conflict="gate"),
     "gate_bounded": before_sgd(dtnh_jax.dtnh, on_conflict="gate", max_ratio=1.0),
@@ -128,5 +160,10 @@ RULES: Mapping[str, Callable[[Setting], Optimizer]] = {
     "held_out_current": held_out(scope="global", bound_by="current"),
     "held_out_unbounded": held_out(scope="global", max_ratio=None, bound_by="current"),
     # A control: its bound alone.
-    "running_bound": preset(scope="global", on_conflict="keep", bound_by="running_max"),
+    "running_bound": running_bound,
+    # The same, if it does better in a trial run than no regularizer.
+    "trial_runs": running_bound,
 }
+
+L2_SP_ONLY = ("spd", "ftp")
+"""Rules that take the gradient of the regularizer to be the deviation from the source."""

@@ -99,11 +99,12 @@ def _shapes(cell: Cell) -> tuple[str, ...]:
     """The settings that decide the program of a cell and the shapes of its arrays."""
     source = cell.source if train.has_head(cell.regularizer) else ""
     data = cell.target, cell.images_per_class, cell.image_size, cell.batch_size
-    held_out = cell.held_out, cell.held_out_every, cell.returned_at
+    held_out = cell.held_out, cell.held_out_every, cell.returned_at, cell.trial
+    training = cell.architecture, cell.steps, cell.procedure
     return tuple(
         map(
             str,
-            (*data, *held_out, cell.architecture, cell.steps, cell.regularizer, cell.rule, source),
+            (*data, *held_out, *training, cell.regularizer, cell.rule, source),
         )
     )
 

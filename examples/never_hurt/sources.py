@@ -5,6 +5,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,20 +152,35 @@ def _sgd(pretraining: Pretraining, config: ResNetConfig, train_images: Images) -
     return network
 
 
-def accuracy(config: ResNetConfig, network: Network, held_out: Images, chunk: int = 256) -> float:
+class Score(NamedTuple):
+    """The accuracy of a network on some images, 0 to 1, and its mean loss."""
+
+    accuracy: float
+    loss: float
+
+
+def accuracy(config: ResNetConfig, network: Network, held_out: Images) -> float:
     """The share of images that a network classifies correctly, in evaluation mode."""
+    return score(config, network, held_out).accuracy
+
+
+def score(config: ResNetConfig, network: Network, held_out: Images, chunk: int = 256) -> Score:
+    """Evaluates a network in evaluation mode, on so many images at once."""
     n = len(held_out.labels)
-    right = 0
+    right, loss = 0, 0.0
     for start in range(0, n, chunk):
-        part = held_out.images[start : start + chunk]
-        filled = np.zeros((chunk, *part.shape[1:]), np.uint8)
-        filled[: len(part)] = part
-        guesses = np.asarray(_guess(config, network, filled))[: len(part)]
-        right += int(np.sum(guesses == held_out.labels[start : start + chunk]))
-    return right / n
+        part = jax.tree.map(lambda x, start=start: x[start : start + chunk], held_out)
+        filled = jax.tree.map(
+            lambda x: np.concatenate([x, np.zeros((chunk - len(x), *x.shape[1:]), x.dtype)]), part
+        )
+        is_right, losses = _outcomes(config, network, filled)
+        right += int(np.sum(np.asarray(is_right)[: len(part.labels)]))
+        loss += float(np.sum(np.asarray(losses, np.float64)[: len(part.labels)]))
+    return Score(right / n, loss / n)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _guess(config: ResNetConfig, network: Network, of: jax.Array) -> jax.Array:
-    logits = resnet.apply(config, network, batches.standardise(of), train=False).logits
-    return jnp.argmax(logits, axis=-1)
+def _outcomes(config: ResNetConfig, network: Network, of: Images) -> tuple[jax.Array, jax.Array]:
+    logits = resnet.apply(config, network, batches.standardise(of.images), train=False).logits
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, of.labels)
+    return jnp.argmax(logits, axis=-1) == of.labels, losses

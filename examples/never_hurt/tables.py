@@ -1,6 +1,6 @@
 """Every table of the report, as rows of text; the first row is the header."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,9 @@ from examples.never_hurt.analysis import (
 )
 from examples.never_hurt.labels import label, points
 from examples.never_hurt.sources import RANDOM_WEIGHTS
+
+LEAST_GAIN = 3.0
+"""In points: tasks in which the weighted sum gains less are not tasks with a gain to keep."""
 
 Rows = list[list[str]]
 
@@ -123,26 +126,47 @@ def gains(cells: pd.DataFrame) -> Rows:
     return [[*head, "share of the weighted sum's"], *rows]
 
 
-def kept(cells: pd.DataFrame) -> Rows:
-    """What each rule keeps of the weighted sum's gain, at the sum's best strength and at tenfold.
+def kept(studies: Sequence[pd.DataFrame], rules: Sequence[str], times: float = 1.0) -> Rows:
+    """What each rule keeps of the weighted sum's gain at the sum's best strength, or at a multiple.
 
-    The strength is chosen on validation images, for each source, target and regularizer. The gain
-    of the sum at that strength is what 100 % means in both columns.
+    The strength is chosen on validation images, for each task. Tasks in which the sum gains less
+    than `LEAST_GAIN` there are left out.
+
+    Args:
+        studies: What `analysis.compare` returns, for each grid; the grids differ in targets,
+            images or networks.
+        rules: The columns.
+        times: The multiple of the best strength.
+
+    Returns:
+        For each task and rule the gain, and its share of the sum's gain at the best strength.
     """
-    best = analysis.at_best_strength(select(cells, rule=WEIGHTED_SUM))
-    rows = [[*PAIR, "regularizer", "rule", "at the best λ", "kept", "at ten times that λ", "kept"]]
-    for task, sums in best.groupby(TASK, sort=False):
+    tasks = ["task", "images per class", "regularizer", "best λ"]
+    rows = [[*tasks, *map(label, rules)]]
+    for cells, (source, target, regularizer), sums in _gaining(studies):
         strength, gain = sums["strength"].iloc[0], sums["against_plain"].mean()
-        of_task = select(cells, **dict(zip(TASK, task, strict=True)))
-        for rule, of_rule in of_task.groupby("rule", sort=False):
-            row = [*map(label, task), label(rule)]
-            for each in (strength, 10 * strength):
-                found = select(of_rule, strength=each)["against_plain"]
-                text = f"{points(found.mean())} ± {found.std():.1f}"
-                share = f"{found.mean() / gain:.0%}".replace("-", "−")
-                row += [text, share] if len(found) else ["", ""]
-            rows.append(row)
+        at = select(cells, source=source, target=target, regularizer=regularizer)
+        at = select(at, strength=times * strength)
+        texts = []
+        for rule in rules:
+            found = select(at, rule=rule)["against_plain"]
+            share = f"{found.mean() / gain:.0%}".replace("-", "−")
+            texts.append(f"{points(found.mean())} ({share})" if len(found) else "")
+        if any(texts):
+            per_class = sums["images_per_class"].iloc[0]
+            n_images = "all" if np.isnan(per_class) else f"{per_class:g}"
+            task = f"{label(source)} → {label(target)}"
+            rows.append([task, n_images, label(regularizer), f"× {strength:g}", *texts])
     return rows
+
+
+def _gaining(studies: Sequence[pd.DataFrame]) -> Iterator[tuple[pd.DataFrame, Any, pd.DataFrame]]:
+    """The tasks in which the weighted sum has a gain: the study, the task, the sum's best cells."""
+    for cells in studies:
+        best = analysis.at_best_strength(select(cells, rule=WEIGHTED_SUM))
+        for task, sums in best.groupby(TASK, sort=False):
+            if sums["against_plain"].mean() >= LEAST_GAIN:
+                yield cells, task, sums
 
 
 def best_by_pair(cells: pd.DataFrame) -> Rows:
@@ -175,6 +199,28 @@ def by_regularizer(cells: pd.DataFrame) -> Rows:
         estimates = analysis.estimates(part, "against_plain")
         row.append(_estimate(estimates, estimates["mean"].idxmin()))
     return rows
+
+
+def chosen_strength(cells: pd.DataFrame) -> Rows:
+    """Each rule at every strength, and with the strength that is chosen anew for each seed.
+
+    The mean over pairs; for the choices also the worst pair, with its interval.
+    """
+    down = ["regularizer", "rule"]
+    rows = cross(cells, down, "strength", lambda part: points(_setting_means(part).mean()))
+    titles: dict[analysis.Choice, str] = {"validation": "validation", "held_out": "held-out"}
+    for on, title in titles.items():
+        chosen = analysis.with_chosen_strength(cells, on).assign(strength=0.0)  # one setting
+        rows[0] += [f"λ chosen on {title} images", "worst pair"]
+        for row, (names, _) in zip(rows[1:], cells.groupby(down, sort=False), strict=True):
+            part = select(chosen, **dict(zip(down, names, strict=True)))
+            row += ["", ""] if part.empty else _mean_and_worst(part)
+    return rows
+
+
+def _mean_and_worst(cells: pd.DataFrame) -> list[str]:
+    estimates = analysis.estimates(cells, "against_plain")
+    return [points(estimates["mean"].mean()), _estimate(estimates, estimates["mean"].idxmin())]
 
 
 def _setting_means(cells: pd.DataFrame) -> pd.Series:

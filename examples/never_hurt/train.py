@@ -3,7 +3,7 @@
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,8 +21,10 @@ from examples.common.resnet import Network, Output, ResNetConfig
 from examples.never_hurt import batches, sources
 from examples.never_hurt.batches import Plan, Schedule
 from examples.never_hurt.cell import NONE, Cell, Result
-from examples.never_hurt.images import Splits
-from examples.never_hurt.rules import RULES, Setting
+from examples.never_hurt.images import Images, Splits
+from examples.never_hurt.procedures import PROCEDURES, Candidate, best, interpolations
+from examples.never_hurt.rules import L2_SP_ONLY, RULES, Setting
+from examples.never_hurt.sources import Score
 from examples.never_hurt.version import version
 
 QUARTERS = 4
@@ -36,7 +38,7 @@ class Program(NamedTuple):
     steps: int
     source: ResNetConfig
     model: ResNetConfig
-    held_out: tuple[int, int, float]
+    held_out: tuple[int, int, float, float]
 
 
 class Task(NamedTuple):
@@ -55,6 +57,18 @@ class Task(NamedTuple):
     source: Network
     reg_weight: Any
     learning_rate: Any
+
+
+class Phase(NamedTuple):
+    """What a step does, known when it is compiled.
+
+    Attributes:
+        is_due: Whether it computes a held-out gradient.
+        head_only: Whether it trains only the head.
+    """
+
+    is_due: bool
+    head_only: bool
 
 
 class State(NamedTuple):
@@ -101,29 +115,153 @@ def run(prepared: Sequence[Prepared]) -> list[Result]:
         Their results, in the same order.
 
     Raises:
-        ValueError: If the cells have different programs.
+        ValueError: If the cells have different programs or procedures, or one of them has settings
+            that do not fit together.
     """
-    [*programs] = {program_of(each) for each in prepared}
+    for each in prepared:
+        _check(each.cell)
+    [*programs] = {(program_of(each), each.cell.procedure) for each in prepared}
     if len(programs) != 1:
-        raise ValueError("Cells that run at once must share regularizer, rule, shapes and steps.")
-    [program] = programs
-    task, state, schedule = _stack([_start(program, each) for each in prepared])
+        raise ValueError(
+            "Cells that run at once must share regularizer, rule, procedure, shapes and steps."
+        )
+    [(program, name)] = programs
+    trial_losses = [_trial_losses(program, each) for each in prepared]
+    starts = []
+    for each, losses in zip(prepared, trial_losses, strict=True):
+        schedule = batches.schedule(each.cell, each.splits.train.labels)
+        helps = losses is None or losses[1] < losses[0]
+        starts.append(_start(program, each, schedule, each.cell.strength if helps else 0.0))
+    procedure, stopped = PROCEDURES[name], list[Candidate | None]([None] * len(prepared))
+    n_head_only = round(procedure.head_only * program.steps)
+    is_due = prepared[0].cell.is_due
+    phases = [Phase(is_due(i), head_only=i < n_head_only) for i in range(program.steps)]
+
+    def visit(step: int, networks: Network) -> None:
+        """Keeps the best network so far, where the procedure wants it."""
+        if procedure.every and (step % procedure.every == 0 or step == program.steps):
+            for lane, each in enumerate(prepared):
+                candidate = _candidate(program, each, step, _lane(networks, lane))
+                stopped[lane] = best(filter(None, (stopped[lane], candidate)))
+
+    networks, histories, seconds = _fit(program, starts, phases, visit)
+    results = []
+    for each, network, history, losses, stop in zip(
+        prepared, networks, histories, trial_losses, stopped, strict=True
+    ):
+        number = None
+        if candidate := stop or _interpolated(program, each, network):
+            number, network = candidate.number, candidate.network
+        result = _result(program, each, network, history, seconds)
+        results.append(replace(result, trial_losses=losses, chosen=number))
+    return results
+
+
+def _trial_losses(program: Program, prepared: Prepared) -> list[float] | None:
+    """The loss on held-out images after the trial run without the regularizer and with it."""
+    cell, _, splits = prepared
+    if not cell.trial:
+        return None
+    schedule, views = batches.trial_schedule(cell, splits.train.labels)
+    short = program._replace(steps=len(schedule.train.which))
+    phases = [Phase(is_due=False, head_only=False)] * short.steps
+    # One after the other: on a CPU, jax.vmap makes convolutions slow.
+    networks = [
+        _fit(short, [_start(short, prepared, schedule, strength)], phases)[0][0]
+        for strength in (0.0, cell.strength)
+    ]
+    images, labels = splits.train.images, splits.train.labels[views.which]
+    losses = (_loss_of_views(program.model, net, images, labels, views) for net in networks)
+    return [round(float(loss), 4) for loss in losses]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss_of_views(
+    model: ResNetConfig, network: Network, images: jax.Array, labels: jax.Array, views: Plan
+) -> jax.Array:
+    """The mean loss of views of images, in evaluation mode."""
+    output = resnet.apply(model, network, batches.views(images, views), train=False)
+    return objective.cross_entropy(output.logits, labels)
+
+
+def _fit(
+    program: Program,
+    starts: Sequence[tuple[Task, State, Schedule]],
+    phases: Sequence[Phase],
+    visit: Callable[[int, Network], None] = lambda step, networks: None,
+) -> tuple[list[Network], list[Measured], float]:
+    """Trains several cells at once, by lane.
+
+    Args:
+        program: The program of all.
+        starts: What each starts from.
+        phases: What each step does.
+        visit: Called after each step with the number of steps so far and all networks.
+
+    Returns:
+        The networks, what was measured in each step, and the seconds of each.
+    """
+    task, state, schedule = _stack(starts)
     measured = []
     started = 0.0
-    for i in range(program.steps):
+    for i, phase in enumerate(phases):
         now = jax.tree.map(lambda x, i=i: x[:, i], schedule)
-        state, of_step = _step_of_lanes(program, prepared[0].cell.is_due(i), state, task, now)
+        state, of_step = _step_of_lanes(program, phase, state, task, now)
         measured.append(of_step)
+        visit(i + 1, state.network)
         if i == 0:  # a step that compiles
             jax.block_until_ready(state)
             started = time.perf_counter()
     history = jax.tree.map(lambda *leaves: np.stack([np.asarray(x) for x in leaves], 1), *measured)
-    seconds = (time.perf_counter() - started) / len(prepared)
-    results = []
-    for lane, each in enumerate(prepared):
-        network, of_steps = jax.tree.map(lambda x, lane=lane: x[lane], (state.network, history))
-        results.append(_result(program, each, network, of_steps, seconds))
-    return results
+    seconds = (time.perf_counter() - started) / len(starts)
+    lanes = range(len(starts))
+    networks, histories = (
+        [_lane(stacked, lane) for lane in lanes] for stacked in (state.network, history)
+    )
+    return networks, histories, seconds
+
+
+def _check(cell: Cell) -> None:
+    """Raises an error for settings that do not fit together."""
+    if cell.procedure not in PROCEDURES:
+        raise ValueError(
+            f"There is no procedure {cell.procedure}: there are {', '.join(PROCEDURES)}."
+        )
+    if PROCEDURES[cell.procedure].chooses and not cell.held_out:
+        raise ValueError(
+            f"The procedure {cell.procedure} chooses on held-out images: set held_out above 0."
+        )
+    if cell.rule in L2_SP_ONLY and cell.regularizer != "l2_sp":
+        raise ValueError(
+            f"The rule {cell.rule} is defined for the regularizer l2_sp; got {cell.regularizer}."
+        )
+
+
+def _lane(trees: Any, lane: int) -> Any:
+    return jax.tree.map(lambda x: x[lane], trees)
+
+
+def _candidate(program: Program, prepared: Prepared, number: float, network: Network) -> Candidate:
+    return Candidate(number, network, *_held_out_score(program, prepared, network))
+
+
+def _interpolated(program: Program, prepared: Prepared, network: Network) -> Candidate | None:
+    """The best of the procedure's interpolations with the source; None without any."""
+    procedure = PROCEDURES[prepared.cell.procedure]
+    found = interpolations(procedure, prepared.source.network, network)
+    if procedure.chooses:
+        candidates = (_candidate(program, prepared, *each) for each in found)
+    else:
+        candidates = (Candidate(*each, math.nan, math.nan) for each in found)
+    return best(candidates) if procedure.shares else None
+
+
+def _held_out_score(program: Program, prepared: Prepared, network: Network) -> Score:
+    """On the images that are not trained on, without augmentation."""
+    train_images = prepared.splits.train
+    which = batches.held_out_images(prepared.cell, train_images.labels)
+    held_out = Images(train_images.images[which], train_images.labels[which])
+    return sources.score(program.model, network, held_out, chunk=min(len(which), 256))
 
 
 def program_of(prepared: Prepared) -> Program:
@@ -137,13 +275,15 @@ def program_of(prepared: Prepared) -> Program:
         cell.steps,
         replace(source.config, n_classes=n_classes),
         ResNetConfig(cell.architecture, splits.n_classes),
-        (cell.held_out, cell.held_out_every, cell.returned_at),
+        (cell.held_out, cell.held_out_every, cell.returned_at, cell.trial),
     )
 
 
-def _start(program: Program, prepared: Prepared) -> tuple[Task, State, Schedule]:
+def _start(
+    program: Program, prepared: Prepared, schedule: Schedule, strength: float
+) -> tuple[Task, State, Schedule]:
     cell, source, splits = prepared
-    weight = cell.strength * REGULARIZERS[cell.regularizer].weight
+    weight = strength * REGULARIZERS[cell.regularizer].weight
     network = source.network
     if not has_head(cell.regularizer):
         network = _with_head(network, program.source)
@@ -157,7 +297,6 @@ def _start(program: Program, prepared: Prepared) -> tuple[Task, State, Schedule]
     head = resnet.init_head(program.model, cell.seed)
     network = source.network._replace(params=source.network.params | {"head": head})
     optimizer = make_optimizer(program, task)
-    schedule = batches.schedule(cell, splits.train.labels)
     return task, State(network, optimizer.init(network.params)), schedule
 
 
@@ -192,21 +331,24 @@ def _with_head(network: Network, config: ResNetConfig) -> Network:
 
 
 def _step(
-    program: Program, is_due: bool, state: State, task: Task, schedule: Schedule
+    program: Program, phase: Phase, state: State, task: Task, schedule: Schedule
 ) -> tuple[State, Measured]:
     optimizer = make_optimizer(program, task)
     plan, held_out = schedule.train, schedule.held_out
-    ((loss, _), output), pair = _gradients(program, state.network, task, plan)
+    is_training = not phase.head_only
+    ((loss, _), output), pair = _gradients(program, state.network, task, plan, is_training)
+    if phase.head_only:
+        pair = dtnh_jax.GradientPair(*map(_of_head, pair))
     params = state.network.params
     extra_args = {}
     if held_out is not None:
         # Two programs, and not a branch in one: on a CPU, XLA makes convolutions in branches slow.
         held_out_grads = (
             _held_out_gradient(program, state.network, task, held_out)
-            if is_due
+            if phase.is_due
             else jax.tree.map(jnp.zeros_like, params)
         )
-        extra_args["held_out_grads"] = dtnh_jax.HeldOutGrads(held_out_grads, is_due)
+        extra_args["held_out_grads"] = dtnh_jax.HeldOutGrads(held_out_grads, phase.is_due)
     updates, opt_state = optimizer.update(pair, state.opt_state, params, **extra_args)
     network = Network(optax.apply_updates(params, updates), output.batch_stats)
     right = jnp.argmax(output.logits, axis=-1) == task.labels[plan.which]
@@ -216,15 +358,20 @@ def _step(
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _step_of_lanes(
-    program: Program, is_due: bool, state: State, task: Task, schedule: Schedule
+    program: Program, phase: Phase, state: State, task: Task, schedule: Schedule
 ) -> Any:
     """A step of all lanes."""
-    step = functools.partial(_step, program, is_due)
+    step = functools.partial(_step, program, phase)
     if len(schedule.train.which) > 1:
         return jax.vmap(step)(state, task, schedule)
     # On a CPU, jax.vmap makes convolutions slow even for a single lane.
     only = jax.tree.map(lambda x: x[0], (state, task, schedule))
     return jax.tree.map(lambda x: x[None], step(*only))
+
+
+def _of_head(grads: Any) -> Any:
+    """Gradients with zeros for all arrays but the head's."""
+    return jax.tree.map(jnp.zeros_like, grads) | {"head": grads["head"]}
 
 
 def _held_out_gradient(program: Program, network: Network, task: Task, plan: Plan) -> Any:
@@ -238,7 +385,10 @@ def _held_out_gradient(program: Program, network: Network, task: Task, plan: Pla
     return jax.grad(loss)(network.params)
 
 
-def _gradients(program: Program, network: Network, task: Task, plan: Plan) -> Any:
+def _gradients(
+    program: Program, network: Network, task: Task, plan: Plan, is_training: bool = True
+) -> Any:
+    """Both gradients; ``is_training`` is the mode of batch norm."""
     images = batches.views(task.images, plan)
     labels = task.labels[plan.which]
     regularizer = REGULARIZERS[program.regularizer]
@@ -250,7 +400,8 @@ def _gradients(program: Program, network: Network, task: Task, plan: Plan) -> An
 
     @functools.partial(dtnh_jax.value_and_gradient_pair, has_aux=True)
     def both(params: Any) -> Any:
-        output = resnet.apply(program.model, network._replace(params=params), images, train=True)
+        network_now = network._replace(params=params)
+        output = resnet.apply(program.model, network_now, images, train=is_training)
         loss = objective.cross_entropy(output.logits, labels)
         reg = regularizer(
             RegularizerInputs(
@@ -284,6 +435,8 @@ def _result(
         }
         by_quarter = _by_quarter(history.conflict.total.removed).tolist()
         removed = [_finite(share, 3) for share in by_quarter]
+    is_held_out = cell.held_out and not cell.trial
+    held_out = _held_out_score(program, prepared, network) if is_held_out else None
     return Result(
         cell=cell,
         validation=round(sources.accuracy(program.model, network, splits.validation), 5),
@@ -294,6 +447,8 @@ def _result(
         removed=removed,
         seconds=round(seconds, 3),
         version=version(),
+        held_out_accuracy=round(held_out.accuracy, 5) if held_out else None,
+        held_out_loss=_finite(held_out.loss, 4) if held_out else None,
     )
 
 

@@ -19,6 +19,7 @@ from examples.common.data.images import (
     read_bytes,
 )
 from examples.common.data.sources import Source
+from examples.common.data.splits import hold_out
 
 __all__ = [
     "Batch",
@@ -32,6 +33,7 @@ __all__ = [
     "decode",
     "evaluation_batches",
     "find_images",
+    "hold_out",
     "listing",
     "load",
     "pad_margin",

@@ -21,6 +21,7 @@ class Dataset(NamedTuple):
         validation: Images for choosing settings and checkpoints.
         test: Images for the final test.
         class_names: The name of each label.
+        held_out: Images that are not trained on, for the reference of a rule; ``None`` without.
         notes: What was left out, and other things to know about the splits.
     """
 
@@ -29,6 +30,7 @@ class Dataset(NamedTuple):
     validation: Source
     test: Source
     class_names: tuple[str, ...]
+    held_out: Source | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -37,8 +39,10 @@ class Dataset(NamedTuple):
         names = ", ".join(self.class_names[:_LISTED])
         more = ", ..." if self.class_names[_LISTED:] else ""
         lines = [f"{printable(self.name)}: {len(self.class_names)} classes: {names}{more}"]
-        for name in ("train", "validation", "test"):
+        for name in ("train", "held_out", "validation", "test"):
             source = getattr(self, name)
+            if source is None:
+                continue
             of = "" if source.n_classes is None else f" of {source.n_classes} classes"
             held_out = name != "train" and source.is_part_of(self.train)
             lines.append(f"  {name}: {len(source)} images{of}" + ", held out of train" * held_out)

@@ -63,6 +63,16 @@ class Source:
         return self._images.labels[self._indices]
 
     @property
+    def names(self) -> list[str]:
+        """What identifies each image within the data set; no image is read."""
+        return [self._images.name(int(index)) for index in self._indices]
+
+    def n_bytes(self, most: int = 10_000) -> int:
+        """The size of the files of ``most`` images or fewer, evenly spaced; 0 without files."""
+        chosen = self._indices[:: -(-len(self) // most) or 1]
+        return sum(self._images.n_bytes(int(index)) for index in chosen)
+
+    @property
     def n_classes(self) -> int | None:
         """The number of classes that occur; ``None`` if all records would have to be read."""
         known = isinstance(self._images, FolderImages) or "labels" in vars(self._images)
@@ -115,6 +125,10 @@ class FolderImages:
         """The path of the file at ``index``, relative to the folder of the data set."""
         return self.files[index].relative_to(self.root).as_posix()
 
+    def n_bytes(self, index: int) -> int:
+        """The size of the file at ``index``."""
+        return self.files[index].stat().st_size
+
 
 class TfdsImages:
     """One split of a prepared data set, read without TensorFlow."""
@@ -145,8 +159,17 @@ class TfdsImages:
             self._records[index], decoders=self._decoders
         )
         image, label, *file_name = (record[key] for key in self._keys)
-        name = f"{self._where}[{index}]" + "".join(f", {text.decode()}" for text in file_name)
+        name = self.name(index) + "".join(f", {text.decode()}" for text in file_name)
         return Encoded(image, int(label), name)
+
+    def name(self, index: int) -> str:
+        """The version of the data set, the split, and ``index``."""
+        return f"{self._where}[{index}]"
+
+    def n_bytes(self, index: int) -> int:
+        """0: a version of a data set does not change."""
+        del index
+        return 0
 
     @cached_property
     def labels(self) -> np.ndarray:

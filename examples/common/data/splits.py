@@ -35,19 +35,34 @@ def split(
     if test is None:
         validation, test = None, validation
     if test is None:
-        test, train = _hold_out(train, config.test, _TEST_SEED, "test", class_names)
+        test, train = hold_out(train, config.test, _TEST_SEED, "test", class_names)
     if validation is None:
         seed = config.split_seed
-        validation, train = _hold_out(train, config.validation, seed, "validation", class_names)
+        validation, train = hold_out(train, config.validation, seed, "validation", class_names)
     if config.images_per_class is not None:
         train = _draw(train, config.images_per_class, config.split_seed, class_names)
     return train, validation, test
 
 
-def _hold_out(
+def hold_out(
     source: Source, amount: float, seed: int, name: str, class_names: Sequence[str]
 ) -> tuple[Source, Source]:
-    """Holds out images of each class; returns these and the rest."""
+    """Holds out images of each class.
+
+    Args:
+        source: The images.
+        amount: A share of the images of each class if below 1, with at least one of each; a number
+            of images otherwise.
+        seed: Draws the images.
+        name: The setting that gave ``amount``, for errors.
+        class_names: The names of the classes, for errors.
+
+    Returns:
+        The images that are held out, and the others.
+
+    Raises:
+        ValueError: If a class has no image left.
+    """
     held_out, rest = [], []
     for label, indices in _shuffled_classes(source, seed):
         count = int(amount) if amount >= 1 else max(1, round(amount * len(indices)))
