@@ -825,6 +825,10 @@ def test_a_table_of_many_classes_has_the_worst_and_says_what_is_left_out(capsys)
     [
         ({"class_names": None, "std": None}, "lacks class_names, std"),
         ({"class_names": ("ant", "bee")}, "has 3 logits, but names 2 classes"),
+        ({"class_names": 3}, "is not that of a fine-tuning: 'int' object"),
+        ({"image_size": "8"}, "is not that of a fine-tuning"),
+        ({"mean": "grey"}, 'mean in the header of the weights must be three numbers; got "grey"'),
+        ({"std": (1, 2)}, "std in the header of the weights must be three numbers; got [1, 2]"),
     ],
 )
 def test_weights_that_do_not_say_enough_are_an_error(

@@ -132,7 +132,7 @@ def _locate(name_or_path: str, revision: str | None) -> tuple[Path, dict[str, An
     if not description.is_file():
         return weights, {}
     try:
-        return weights, dict(json.loads(description.read_text()))
+        return weights, dict(json.loads(description.read_bytes()))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{description} is no JSON object: {error}") from error
 
@@ -174,7 +174,7 @@ def _read(weights: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """All arrays and the header of a file, or of the shards that an index lists."""
     if weights.name.endswith(".index.json"):
         try:
-            shards = sorted(set(json.loads(weights.read_text())["weight_map"].values()))
+            shards = sorted(set(json.loads(weights.read_bytes())["weight_map"].values()))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{weights} is no index of shards: {error!r}") from error
         if missing := [name for name in shards if not (weights.parent / name).is_file()]:

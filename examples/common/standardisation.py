@@ -22,14 +22,21 @@ def channel_statistics(
 
     Returns:
         Two arrays ``(1, 1, 1, 3)``. ImageNet's are the default.
+
+    Raises:
+        ValueError: If the header has something else than three numbers.
     """
-    mean, std = (
-        np.array(
-            chosen.get(name) or json.loads(metadata.get(name, "null")) or IMAGENET[name], np.float32
-        ).reshape(1, 1, 1, 3)
-        for name in ("mean", "std")
-    )
-    return mean, std
+
+    def of(name: str) -> np.ndarray:
+        try:
+            value = chosen.get(name) or json.loads(metadata.get(name, "null")) or IMAGENET[name]
+            return np.array(value, np.float32).reshape(1, 1, 1, 3)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} in the header of the weights must be three numbers; got {metadata[name]}."
+            ) from error
+
+    return of("mean"), of("std")
 
 
 def standardise(images: jax.Array, mean: ArrayLike, std: ArrayLike) -> jax.Array:

@@ -60,7 +60,7 @@ def read(directory: Path) -> Run:
     file = directory / "summary.json"
     if not file.is_file():
         raise FileNotFoundError(f"{directory} has no summary.json: it is not a finished run.")
-    summary = json.loads(file.read_text())
+    summary = json.loads(file.read_bytes())
     config = summary["config"]
     kept = {
         name: str(value)

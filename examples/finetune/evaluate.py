@@ -18,7 +18,7 @@ from examples.common import data, pretrained, resnet
 from examples.common.data import DataConfig, Source
 from examples.common.files import write
 from examples.common.resnet import Network, ResNetConfig
-from examples.common.standardisation import standardise
+from examples.common.standardisation import channel_statistics, standardise
 from examples.common.text import normalized, plain_console, print_anything, printable
 from examples.finetune import metrics
 from examples.finetune.display import introduce
@@ -104,7 +104,18 @@ def load_classifier(weights: str) -> Classifier:
             f"The header of {weights} lacks {', '.join(missing)}. Use the model.safetensors of a "
             "run of python -m examples.finetune."
         )
-    names, size, mean, std = (json.loads(loaded.metadata[name]) for name in wanted)
+    try:
+        names, size, resize = (
+            json.loads(loaded.metadata.get(name, "null"))
+            for name in ("class_names", "image_size", "resize")
+        )
+        names = [str(name) for name in names]
+        DataConfig("images", image_size=size, resize=resize)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The header of {weights} is not that of a fine-tuning: {error}"
+        ) from error
+    mean, std = channel_statistics(loaded.metadata)
     if len(names) != loaded.config.n_classes:
         raise ValueError(
             f"{weights} has {loaded.config.n_classes} logits, but names {len(names)} classes."
@@ -114,9 +125,9 @@ def load_classifier(weights: str) -> Classifier:
         network=loaded.network,
         class_names=tuple(names),
         image_size=size,
-        resize=json.loads(loaded.metadata.get("resize", "null")),
-        mean=np.array(mean, np.float32).reshape(1, 1, 1, 3),
-        std=np.array(std, np.float32).reshape(1, 1, 1, 3),
+        resize=resize,
+        mean=mean,
+        std=std,
     )
 
 

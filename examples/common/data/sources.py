@@ -126,8 +126,11 @@ class FolderImages:
         return self.files[index].relative_to(self.root).as_posix()
 
     def n_bytes(self, index: int) -> int:
-        """The size of the file at ``index``."""
-        return self.files[index].stat().st_size
+        """The size of the file at ``index``; 0 if it cannot be read."""
+        try:
+            return self.files[index].stat().st_size
+        except OSError:
+            return 0
 
 
 class TfdsImages:
