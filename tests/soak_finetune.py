@@ -72,6 +72,7 @@ def in_process(directory: Path, out: Path, printed: Path) -> None:
     descriptor = os.open(printed, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
     os.environ["XLA_FLAGS"] = ""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", str(directory / "cache"))

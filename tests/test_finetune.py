@@ -61,6 +61,16 @@ def compiled_once(tmp_path_factory):
     compilation_cache.reset_cache()
 
 
+@pytest.fixture(autouse=True)
+def usual_signals():
+    """A program in the background of a shell ignores Ctrl-C, and nohup ignores SIGHUP."""
+    usual = (signal.SIG_DFL, signal.default_int_handler, signal.SIG_DFL)
+    before = [signal.signal(*pair) for pair in zip(preemption.SIGNALS, usual, strict=True)]
+    yield
+    for number, handler in zip(preemption.SIGNALS, before, strict=True):
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     return tiny_finetune.make(tmp_path_factory.mktemp("tiny"))
@@ -230,8 +240,8 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(
 
 
 def test_a_second_ctrl_c_is_not_caught():
-    before = [signal.getsignal(number) for number in preemption.SIGNALS]
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    before = [signal.getsignal(number) for number in preemption.SIGNALS]
     with preemption.stop_signal() as must_stop:
         assert must_stop(1) == 0
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -240,7 +250,6 @@ def test_a_second_ctrl_c_is_not_caught():
         assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
         signal.raise_signal(signal.SIGTERM)
         assert must_stop(2) == signal.SIGINT, "a second signal of another kind does not matter"
-    signal.signal(signal.SIGHUP, before[-1])
     assert [signal.getsignal(number) for number in preemption.SIGNALS] == before
 
 
