@@ -18,39 +18,18 @@ from rich.console import Console
 
 import dtnh_jax
 from examples.common.epochs import draw_batches
-from examples.digits import data, models, report, train
+from examples.digits import data, figure, models, report, train
 from examples.digits.__main__ import main
 from examples.digits.config import Config
-from examples.digits.results import PLAIN, SOURCES, Method
-from examples.digits.rules import MOMENTUM, RULES
+from examples.digits.results import METHODS, SOURCES, FineTuning, Results
+from examples.digits.rules import RULES
 
 TINY = Config(
-    seeds=2,
-    source_images_per_class=20,
-    steps=6,
-    source_steps=60,
-    evaluations=2,
-    l2_sp_weights=(0.1,),
-    distillation_weights=(1.0,),
-    variants=("momentum_first",),
-    widths=(4, 4, 8),
+    seeds=2, steps=6, source_steps=200, memorize_steps=60, evaluations=2, widths=(4, 4, 8)
 )
-pytestmark = pytest.mark.usefixtures("standard_promotion")  # for optax.ema
-
-RAN = ("weighted_sum", "dtnh", "momentum_first")
-METHODS = [
-    PLAIN,
-    *(Method("l2_sp", rule, 0.1) for rule in RAN),
-    *(Method("distillation", rule, 1.0) for rule in RAN),
-]
-SETTINGS = [("scratch", PLAIN), *((source, method) for source in SOURCES for method in METHODS)]
-LAYERS = [
-    "stem_conv",
-    "stem_norm",
-    *(f"block1/{layer}" for layer in ("conv1", "norm1", "conv2", "norm2")),
-    *(f"block2/{layer}" for layer in ("conv1", "norm1", "conv2", "norm2", "shortcut")),
-    *(f"block3/{layer}" for layer in ("conv1", "norm1", "conv2", "norm2", "shortcut")),
-]
+    seeds=2, steps=6, source_steps=200, memorize_steps=60, evaluations=2, widths=(4, 4, 8)
+)
+SETTINGS = [("scratch", "plain"), *((source, method) for source in SOURCES for method in METHODS)]
 
 
 @pytest.fixture(scope="module")
@@ -65,55 +44,89 @@ def directory(results, tmp_path_factory):
     return out
 
 
+def made_up(**accuracy_of):
+    """Results with the final accuracies of methods, and 50 and 70 % for all others."""
+    return Results(
+        [
+            FineTuning(seed, source, method, False, np.array([0.1, 0.2, final]), False)
+            for source, method in SETTINGS
+            for seed, final in enumerate(accuracy_of.get(method, (0.5, 0.7)))
+        ],
+        {source: [(1.0, 0.9), (1.0, 0.8)] for source in SOURCES},
+        1.0,
+    )
+
+
 def test_digits_runs_every_method_from_every_source(results):
-    assert results.settings() == SETTINGS
+    assert len(results.fine_tunings) == 2 * len(SETTINGS)
     for setting in SETTINGS:
         runs = results.of(*setting)
         assert [run.seed for run in runs] == [0, 1]
-        for run in runs:
-            assert run.accuracy.shape == (3,)
-            assert sorted(run.groups) == sorted(LAYERS), "the new head is in no group"
-            assert run.cosine.shape == run.conflict.shape == (6, len(LAYERS))
-            assert np.all(np.abs(run.cosine) <= 1)
-            np.testing.assert_array_equal(run.conflict, run.cosine < 0)
-            assert run.removed.shape == (6,)
-            assert np.all((run.removed >= 0) & (run.removed <= 1))
-            if run.method.rule == "weighted_sum":
-                np.testing.assert_array_equal(run.removed, 0)
-            else:
-                assert run.removed.max() > 0
+        assert results.accuracies(*setting).shape == (2, 3)
+        if setting[1] != "trial_runs":
+            assert all(run.regularized == (setting[1] != "plain") for run in runs)
 
 
 def test_digits_pairs_its_runs(results):
     for source in SOURCES:
         for seed in range(2):
-            runs = [results.of(source, method)[seed] for method in METHODS]
-            for run in runs:
-                assert run.accuracy[0] == runs[0].accuracy[0]
-            # The first step's gradients are those of the same weights and the same batch.
-            for first, *others in (runs[1:4], runs[4:7]):
-                for other in others:
-                    np.testing.assert_allclose(first.cosine[0], other.cosine[0], rtol=0, atol=1e-5)
-    for one, other in zip(results.of(*SETTINGS[1]), results.of(*SETTINGS[8]), strict=True):
-        assert one.source != other.source
-        assert np.any(one.cosine[-1] != other.cosine[-1])
+            at_start = {results.of(source, method)[seed].accuracy[0] for method in METHODS}
+            assert len(at_start) == 1
+        for trial, plain in zip(
+            results.of(source, "trial_runs"), results.of(source, "plain"), strict=True
+        ):
+            if not trial.regularized:
+                np.testing.assert_array_equal(trial.accuracy, plain.accuracy)
 
 
-def test_digits_starts_from_the_source_and_acts_on_the_backbone_alone(results):
-    # At the start the weights are the source's: L2-SP has no gradient yet, distillation has one.
-    for source in SOURCES:
-        for l2_sp in results.of(source, METHODS[2]):
-            assert not l2_sp.cosine[0].any()
-            assert l2_sp.cosine[1].all()
-        for distillation in results.of(source, METHODS[5]):
-            assert distillation.cosine[0].all()
+def test_digits_ends_all_seeds_when_one_fails(monkeypatch):
+    def run_seed(seed, cfg, advance):
+        if seed == 0:
+            raise FloatingPointError("seed 0")
+        while True:
+            advance()
+
+    monkeypatch.setattr(train, "run_seed", run_seed)
+    with pytest.raises(FloatingPointError, match="seed 0"):
+        train.run(TINY)
 
 
 def test_digits_sources_are_what_they_are_called(results):
     fitting, unfitting = (np.mean(results.source_accuracy[source], axis=0) for source in SOURCES)
-    assert fitting[1] > 0.6, "held-out source images"
+    assert fitting[1] > 0.6, "on images of the target"
     assert unfitting[1] < 0.4
     assert fitting[0] > unfitting[0]
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_digits_trains_on_all_images_as_the_trials_say(better, monkeypatch):
+    trained, losses = [], iter([1.0, 2.0, 4.0, 2.0 if better else 3.5, 0.0])
+    splits = data.load(TINY, 0)
+
+    def training(start, split, rule, reg_weight, steps, cfg):
+        trained.append((len(split.labels), rule, reg_weight, steps))
+        yield from [start.network] * steps
+
+    monkeypatch.setattr(train, "training", training)
+    monkeypatch.setattr(train, "loss", lambda *_: next(losses))
+    network = models.init(TINY.widths, 0)
+    start = train.Start("fitting", network, network.params, 0, lambda: None)
+    cfg = dataclasses.replace(TINY, folds=2, reg_weight=0.7)
+    run = train.fine_tune(start, "trial_runs", splits, cfg)
+    # Over both folds the loss without the regularizer is 5, and with it 4 or 5.5.
+    assert trained[:-1] == [(20, "bounded", weight, 2) for weight in (0.0, 0.7)] * 2
+    assert trained[-1] == (30, *(("bounded", 0.7) if better else ("weighted_sum", 0.0)), 6)
+    assert run.regularized == better
+
+
+def test_digits_holds_out_one_image_of_every_class():
+    target = data.load(TINY, 0).target
+    folds = [data.hold_out(target, fold) for fold in range(TINY.images_per_class)]
+    for rest, held_out in folds:
+        assert sorted(held_out.labels) == list(range(10))
+        assert not images(rest) & images(held_out)
+        assert images(rest) | images(held_out) == images(target)
+    assert set.union(*(images(held_out) for _, held_out in folds)) == images(target)
 
 
 def test_digits_writes_its_files(directory):
@@ -124,9 +137,9 @@ def test_digits_writes_its_files(directory):
     ]
     assert (directory / "figure.png").read_bytes().startswith(b"\x89PNG")
     lines = (directory / "table.md").read_text().splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:17]]
-    assert [row[0] for row in rows] == [source for source, _ in SETTINGS]
-    assert [row[3] for row in rows] == ["" if m == PLAIN else m.rule for _, m in SETTINGS]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:12]]
+    assert [(row[0], row[1]) for row in rows] == SETTINGS[1:]
+    assert not lines[12]
 
     def reject(constant):
         raise AssertionError(f"{constant} in results.json")
@@ -135,52 +148,39 @@ def test_digits_writes_its_files(directory):
     assert written["config"]["steps"] == 6
     assert set(written["versions"]) >= {"python", "jax", "dtnh_jax", "flax"}
     assert len(written["fine_tunings"]) == 2 * len(SETTINGS)
-    assert set(written["fine_tunings"][-1]["conflict_rate_of_group"]) == set(LAYERS)
 
 
-def test_digits_table_fits_a_terminal(results):
+def test_digits_table_fits_a_terminal():
     console = Console(width=80, file=io.StringIO())
     with console.capture() as printed:
-        console.print(report.as_rich(report.table_rows(results)))
+        wide = made_up(dtnh=(0.0, 1.0), trial_runs=(0.0, 1.0))
+        console.print(report.as_rich(report.table_rows(wide, TINY)))
     lines = printed.get().splitlines()
-    assert len(lines) == 1 + 3 + 2 * 2 + len(SETTINGS), "headers: of sources, of regularizers"
+    assert len(lines) == 1 + 10
     assert not any("…" in line for line in lines)
 
 
-def test_digits_says_what_was_measured(results):
-    sentences = " ".join(report.summary(results, TINY))
-    assert "on test images of the target" in sentences
+def test_digits_says_what_was_measured():
+    measured = made_up(weighted_sum=(0.6, 0.9), trial_runs=(0.4, 0.5))
+    rows = {row[1]: row for row in report.table_rows(measured, TINY)[:5]}
+    assert rows["plain"][2:] == ["60.0 ± 14.1", "", "1", ""]
+    assert rows["weighted_sum"][3] == "+15.0 ± 7.1 ▲"
+    assert rows["dtnh"][3] == "+0.0 ± 0.0"
+    assert rows["trial_runs"][3:] == ["−15.0 ± 7.1 ▼", "1.7", "0 of 2"]
+    sentences = " ".join(report.summary(measured, TINY))
+    assert "on test images" in sentences
     assert "2 seeds" in sentences
-    for rule in RAN:
-        assert f"{rule} against plain fine-tuning, 4 settings: " in sentences
-    assert sentences.count("Against weighted_sum, 4 settings: ") == 2
+    assert "the weighted sum is +15.0 ± 7.1 points" in sentences
     assert "diverged" not in sentences
+    assert figure.in_points(-0.04) == "+0.0"
+    assert "weighted_sum +15.0 points, trial_runs −15.0" in figure.title(measured, "fitting")
 
 
 def test_digits_owns_up_to_divergence(results):
     *runs, last = results.fine_tunings
-    broken = dataclasses.replace(last, cosine=np.full_like(last.cosine, np.nan))
+    broken = dataclasses.replace(last, diverged=True)
     sentences = report.summary(dataclasses.replace(results, fine_tunings=[*runs, broken]), TINY)
-    assert any("1 of 30 fine-tunings diverged" in sentence for sentence in sentences)
-
-
-def test_digits_difference_is_paired_and_says_what_it_shows():
-    base = np.array([50.0, 90.0])
-    assert str(report.difference(base + np.array([1.0, 2.0]), base)) == "+1.5 ± 0.7"
-    assert report.difference(base + np.array([1.0, 2.0]), base).verdict == "helps"
-    assert report.difference(base - np.array([1.0, 2.0]), base).verdict == "hurts"
-    assert report.difference(base + np.array([-1.0, 2.0]), base).verdict == "within the spread"
-    assert report.difference(base, base).verdict == "within the spread"
-
-
-@pytest.mark.parametrize("scope", ["global", "leaf"])
-def test_digits_layers_come_in_network_order(scope):
-    names = {
-        "global": ["global"],
-        "leaf": ["stem_conv/kernel", "stem_norm/bias", "block1/conv1/kernel"],
-    }[scope]
-    assert models.in_network_order(sorted(names), TINY.widths) == names
-    assert models.in_network_order(sorted(LAYERS), TINY.widths) == LAYERS
+    assert any("1 of 22 fine-tunings diverged" in sentence for sentence in sentences)
 
 
 def pairs(n):
@@ -193,7 +193,7 @@ def pairs(n):
 
 
 def updates_of(rule, pairs, reg_weight=0.5):
-    tx = RULES[rule](reg_weight, TINY)
+    tx = RULES[rule](0.01, reg_weight)
     params = jax.tree.map(jnp.zeros_like, pairs[0].loss_grads)
     state, steps = tx.init(params), []
     for pair in pairs:
@@ -201,15 +201,15 @@ def updates_of(rule, pairs, reg_weight=0.5):
         steps.append(updates)
         structure, before = jax.tree.structure(state), jax.tree.structure(tx.init(params))
         assert structure == before, "a step that is compiled once"
-    return steps, state
+    return steps
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_digits_rules_are_sgd_where_the_regularizer_does_not_act(rule):
-    sgd = optax.sgd(TINY.learning_rate, momentum=MOMENTUM)
+    sgd = optax.sgd(0.01, momentum=0.9)
     state, acted = sgd.init(pairs(1)[0].loss_grads), []
     for pair, with_0, regularized in zip(
-        pairs(5), updates_of(rule, pairs(5), 0.0)[0], updates_of(rule, pairs(5))[0], strict=True
+        pairs(5), updates_of(rule, pairs(5), 0.0), updates_of(rule, pairs(5)), strict=True
     ):
         expected, state = sgd.update(pair.loss_grads, state)
         for name in expected:
@@ -223,55 +223,40 @@ def test_digits_rules_are_sgd_where_the_regularizer_does_not_act(rule):
 def test_digits_rules_pull_equally_far(rule):
     ones = {"conv": jnp.ones((3, 4)), "head": jnp.ones(2)}
     agreeing = dtnh_jax.GradientPair(ones, ones)
-    sums, _ = updates_of("weighted_sum", [agreeing] * 200)
-    steps, _ = updates_of(rule, [agreeing] * 200)
+    sums = updates_of("weighted_sum", [agreeing] * 200)
+    steps = updates_of(rule, [agreeing] * 200)
     np.testing.assert_allclose(steps[-1]["conv"], sums[-1]["conv"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("rule", ["gate", "decoupled", "momentum_first", "bounded_dtnh"])
-def test_digits_variants_take_out_a_lasting_conflict(rule):
+@pytest.mark.parametrize("rule", RULES)
+def test_digits_rules_treat_a_conflict_as_described(rule):
     a = {"conv": jnp.ones((3, 4)), "head": jnp.ones(2)}
     opposed = dtnh_jax.GradientPair(a, jax.tree.map(jnp.negative, a))
-    steps, state = updates_of(rule, [opposed] * 5)
-    plain, _ = updates_of("weighted_sum", [opposed] * 5, 0.0)
-    np.testing.assert_allclose(steps[-1]["conv"], plain[-1]["conv"], rtol=1e-5)
-    assert dtnh_jax.conflict_stats(state).total.removed == 1
+    [update] = updates_of(rule, [opposed])
+    kept = rule in ("weighted_sum", "bounded")
+    np.testing.assert_allclose(update["conv"], -0.01 * (0.5 if kept else 1), rtol=1e-5)
 
 
-def test_digits_same_length_is_as_long_and_unchosen():
-    a, b = pairs(1)[0]
-    ([chosen], _), ([unchosen], _) = (
-        updates_of(rule, [dtnh_jax.GradientPair(a, b)])
-        for rule in ("momentum_first", "same_length")
-    )
-    chosen, unchosen = (
-        np.ravel(each["conv"] + TINY.learning_rate * a["conv"]) for each in (chosen, unchosen)
-    )
-    np.testing.assert_allclose(np.linalg.norm(unchosen), np.linalg.norm(chosen), rtol=1e-4)
-    b = np.ravel(b["conv"])
-    np.testing.assert_allclose(
-        -unchosen / np.linalg.norm(unchosen), b / np.linalg.norm(b), rtol=0, atol=1e-4
-    )
+def images(split):
+    # Back to pixels: each seed standardises by numbers of its own.
+    flat = split.images.reshape(len(split.images), -1)
+    low, high = flat.min(), flat.max()
+    return {tuple(np.rint(16 * (row - low) / (high - low)).astype(int)) for row in flat}
 
 
 def test_digits_tests_on_images_that_no_seed_trains_on():
-    def keys(split):
-        # Back to pixels: each seed standardises by numbers of its own.
-        flat = split.images.reshape(len(split.images), -1)
-        low, high = flat.min(), flat.max()
-        return {tuple(np.rint(16 * (row - low) / (high - low)).astype(int)) for row in flat}
-
     splits = [data.load(TINY, seed) for seed in range(3)]
     validation = data.load(dataclasses.replace(TINY, evaluate_on="validation"), 0)
-    test = keys(splits[0].target_held_out)
-    assert len(test) == 5 * data.TEST_PER_CLASS
+    test = images(splits[0].held_out)
+    assert len(test) == 10 * data.TEST_PER_CLASS
     for each in splits:
-        assert keys(each.target_held_out) == test
-        assert not keys(each.target_train) & test
-        assert not keys(each.source_train) & keys(each.source_held_out)
-        assert np.bincount(each.target_train.labels).tolist() == [TINY.images_per_class] * 5
-    assert keys(splits[0].target_train) != keys(splits[1].target_train)
-    assert not keys(validation.target_held_out) & (test | keys(validation.target_train))
+        assert images(each.held_out) == test
+        assert not (images(each.target) | images(each.source)) & test
+        assert not images(each.target) & images(each.source)
+        assert np.bincount(each.target.labels).tolist() == [TINY.images_per_class] * 10
+    assert images(splits[0].target) != images(splits[1].target)
+    used = test | images(validation.target) | images(validation.source)
+    assert not images(validation.held_out) & used
 
 
 def test_digits_batches_take_every_image_once_an_epoch():
@@ -285,14 +270,15 @@ def test_digits_batches_take_every_image_once_an_epoch():
     ("arguments", "complaint"),
     [
         (["--seeds", "1"], "seeds must be at least 2"),
-        (["--steps", "0"], "steps must be at least 1"),
+        (["--steps", "2"], "steps must be at least 3"),
+        (["--folds", "0"], "folds must be at least 1"),
+        (["--folds", "9"], "folds must be at most images_per_class"),
+        (["--images-per-class", "1"], "images_per_class must be at least 2"),
         (["--learning-rate", "-1"], "learning_rate must be positive"),
-        (["--temperature", "0"], "temperature must be positive"),
-        (["--l2-sp-weights", "0.1", "-1"], "l2_sp_weights must be"),
+        (["--reg-weight", "nan"], "reg_weight must be positive"),
         (["--evaluations", "1000"], "evaluations must be at most steps"),
         (["--widths", "0", "1", "1"], "widths must be at least 1"),
-        (["--scope", "layers"], "scope"),
-        (["--variants", "gated"], "variants"),
+        (["--evaluate-on", "train"], "evaluate-on"),
     ],
 )
 def test_digits_refuses_bad_values(arguments, complaint, capsys):
@@ -302,5 +288,5 @@ def test_digits_refuses_bad_values(arguments, complaint, capsys):
 
 
 def test_digits_refuses_more_images_than_there_are():
-    with pytest.raises(ValueError, match="would leave none to hold out"):
+    with pytest.raises(ValueError, match="are left for the target"):
         main(dataclasses.replace(TINY, images_per_class=80))

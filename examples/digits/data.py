@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits: 0 to 4 are the source task, 5 to 9 the target task."""
+"""Scikit-learn's handwritten digits: many images for the source, few for the target."""
 
 from typing import NamedTuple
 
@@ -7,16 +7,16 @@ from sklearn.datasets import load_digits
 
 from examples.digits.config import Config
 
-N_CLASSES = 5
-TEST_PER_CLASS = 100
+N_CLASSES = 10
+TEST_PER_CLASS, SOURCE_PER_CLASS, VALIDATION_PER_CLASS = 50, 95, 20
 
 
 class Split(NamedTuple):
-    """Some images of a task.
+    """Some images.
 
     Attributes:
         images: ``(n, 8, 8, 1)``, float32, standardised.
-        labels: ``(n,)``, int32, 0 to 4.
+        labels: ``(n,)``, int32, 0 to 9.
     """
 
     images: np.ndarray
@@ -24,26 +24,24 @@ class Split(NamedTuple):
 
 
 class Data(NamedTuple):
-    """The splits of one seed."""
+    """The splits of one seed. No image is in two of them."""
 
-    source_train: Split
-    source_held_out: Split
-    target_train: Split
-    target_held_out: Split
+    source: Split
+    target: Split
+    held_out: Split
 
 
 def load(cfg: Config, seed: int) -> Data:
     """Draws the splits of ``seed``.
 
-    The test images of the target are the same for every seed, and no seed trains or validates on
-    them.
+    The test images are the same for every seed, and no seed trains or validates on them.
 
     Args:
-        cfg: The number of training images per class, and which images are held out.
-        seed: Draws the training images.
+        cfg: The number of target images per class, and which images are held out.
+        seed: Draws all images but those of the test.
 
     Returns:
-        The splits, standardised by mean and standard deviation of the source's training images.
+        The splits, standardised by mean and standard deviation of the source's images.
 
     Raises:
         ValueError: If a class has too few images for ``cfg``.
@@ -52,42 +50,43 @@ def load(cfg: Config, seed: int) -> Data:
     images = pixels.reshape(-1, 8, 8, 1).astype(np.float32)
     rng = np.random.default_rng(seed)
 
-    source, target = np.flatnonzero(labels < N_CLASSES), np.flatnonzero(labels >= N_CLASSES)
-    test, pool = _take(TEST_PER_CLASS, target, labels, np.random.default_rng(0))
-    target_train, validation = _take(cfg.images_per_class, pool, labels, rng)
-    source_train, source_held_out = _take(cfg.source_images_per_class, source, labels, rng)
+    test, rest = _take(TEST_PER_CLASS, np.arange(len(labels)), labels, np.random.default_rng(0))
+    source, rest = _take(SOURCE_PER_CLASS, rest, labels, rng)
+    validation, rest = _take(VALIDATION_PER_CLASS, rest, labels, rng)
+    target, _ = _take(cfg.images_per_class, rest, labels, rng)
 
-    mean, deviation = images[source_train].mean(), images[source_train].std()
+    mean, deviation = images[source].mean(), images[source].std()
 
     def split(indices: np.ndarray) -> Split:
-        standardised = (images[indices] - mean) / deviation
-        return Split(standardised, (labels[indices] % N_CLASSES).astype(np.int32))
+        return Split((images[indices] - mean) / deviation, labels[indices].astype(np.int32))
 
-    return Data(
-        source_train=split(source_train),
-        source_held_out=split(source_held_out),
-        target_train=split(target_train),
-        target_held_out=split(test if cfg.evaluate_on == "test" else validation),
-    )
+    held_out = test if cfg.evaluate_on == "test" else validation
+    return Data(split(source), split(target), split(held_out))
 
 
-def with_random_labels(split: Split, seed: int) -> Split:
-    """The same images with random labels."""
-    rng = np.random.default_rng(seed)
-    return split._replace(labels=rng.integers(N_CLASSES, size=len(split.labels), dtype=np.int32))
+def with_permuted_labels(split: Split, seed: int) -> Split:
+    """The same images with the labels in another order."""
+    return split._replace(labels=np.random.default_rng(seed).permutation(split.labels))
+
+
+def hold_out(split: Split, fold: int) -> tuple[Split, Split]:
+    """Takes the image with the number ``fold`` of each class out; returns the rest and these."""
+    # The order of _take: all images of a class, then those of the next.
+    held_out = np.arange(len(split.labels)) % (len(split.labels) // N_CLASSES) == fold
+    return Split(*(each[~held_out] for each in split)), Split(*(each[held_out] for each in split))
 
 
 def _take(
     per_class: int, indices: np.ndarray, labels: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws some indices of each class; returns these and the rest."""
+    """Draws some indices of each class; returns these, class by class, and the rest."""
     taken, rest = [], []
-    for label in np.unique(labels[indices]):
+    for label in range(N_CLASSES):
         of_class = rng.permutation(indices[labels[indices] == label])
-        if len(of_class) <= per_class:
+        if len(of_class) < per_class:
             raise ValueError(
-                f"Digit {label} has {len(of_class)} images; {per_class} for training would leave "
-                "none to hold out."
+                f"images_per_class is {per_class}, but only {len(of_class)} images of the digit "
+                f"{label} are left for the target."
             )
         taken.append(of_class[:per_class])
         rest.append(of_class[per_class:])

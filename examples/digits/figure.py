@@ -1,111 +1,76 @@
-"""The figure: accuracy over training, and the cosine of the two gradients by layer."""
-
-import dataclasses
+"""The figure: accuracy over training, from each source, a line for each rule."""
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 
-from examples.digits import models
 from examples.digits.config import Config
-from examples.digits.results import PLAIN, SOURCES, FineTuning, Method, Results
+from examples.digits.results import SOURCES, Results
 
-NAMES = {"l2_sp": "L2-SP", "distillation": "distillation"}
-# The colours of Okabe and Ito, which colour-blind readers can distinguish.
-COLOURS = {
-    "weighted_sum": "#D55E00",
-    "dtnh": "#0072B2",
-    "gate": "#009E73",
-    "decoupled": "#CC79A7",
-    "momentum_first": "#E69F00",
-    "decoupled_sum": "#56B4E9",
-    "bounded_dtnh": "#999999",
-    "same_length": "#F0E442",
+# Label, colour and style of each method, in the order in which they are drawn: what would hide
+# others comes first. The colours of Okabe and Ito, which colour-blind readers can distinguish.
+LINES = {
+    "trial_runs": ("trial_runs, L2-SP only if they favour it", "#009E73", "-", 6),
+    "weighted_sum": ("weighted_sum", "#D55E00", "-", 2),
+    "dtnh": ("dtnh, the paper's rule", "#0072B2", "--", 2),
+    "dtnh_sgd": ("dtnh_sgd, the preset", "#E69F00", "-", 2),
+    "plain": ("plain, without L2-SP", "black", "--", 2),
 }
 
 
 def draw(results: Results, cfg: Config) -> Figure:
-    """Draws a column for each regularizer, at its largest weight, and each source."""
-    columns = [
-        (source, strongest(results, regularizer)) for regularizer in NAMES for source in SOURCES
-    ]
-    figure = Figure(figsize=(15, 7.5), layout="constrained")
-    axes = figure.subplots(2, len(columns), sharex=True, sharey="row", height_ratios=(1, 1.15))
-    images = []
-    for (source, method), curves, heat_map in zip(columns, *axes, strict=True):
-        curves.set_title(f"{NAMES[method.regularizer]}, λ = {method.reg_weight:g}\n{source} source")
-        draw_curves(curves, results, source, method, cfg)
-        images.append(draw_cosine(heat_map, results.of(source, method), cfg))
-        heat_map.set_xlabel("training step")
-    axes[0, 0].set_ylabel(f"{cfg.evaluate_on} accuracy, %")
-    # Before the first step every accuracy is at chance, which would take most of the height.
-    lines = [line for curves in axes[0] for line in curves.lines]
-    axes[0, 0].set_ylim(bottom=min(np.min(line.get_ydata()[1:]) for line in lines) - 10)
+    """Draws a panel for each source."""
+    figure = Figure(figsize=(11, 5.4), layout="constrained")
+    for axes, source in zip(figure.subplots(1, len(SOURCES)), SOURCES, strict=True):
+        curve(axes, results.accuracies("scratch"), cfg, "from scratch", "0.5", ":", 2)
+        for method, line in LINES.items():
+            curve(axes, results.accuracies(source, method), cfg, *line)
+        axes.set_title(title(results, source))
+        axes.set_xlabel("training step")
+        axes.set_ylabel(f"{cfg.evaluate_on} accuracy, %")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
     figure.legend(
-        *axes[0, 0].get_legend_handles_labels(),
+        *axes.get_legend_handles_labels(),
         title=f"mean and standard deviation over {cfg.seeds} seeds",
-        loc="outside upper center",
-        ncols=9,
+        loc="outside lower center",
+        ncols=3,
         frameon=False,
-    )
-    figure.colorbar(
-        images[0],
-        ax=axes[1],
-        label="cosine of loss and regularizer gradient, dtnh\n← conflict          agreement →",
-        pad=0.01,
     )
     return figure
 
 
-def strongest(results: Results, regularizer: str) -> Method:
-    """The regularizer at its largest weight, with dtnh."""
-    methods = [method for _, method in results.settings() if method != PLAIN]
-    return max(
-        (each for each in methods if each.regularizer == regularizer and each.rule == "dtnh"),
-        key=lambda method: method.reg_weight,
+def title(results: Results, source: str) -> str:
+    """Says what to see."""
+    plain = results.accuracies(source)[:, -1].mean()
+    of_sum, of_trials = (
+        in_points(results.accuracies(source, method)[:, -1].mean() - plain)
+        for method in ("weighted_sum", "trial_runs")
+    )
+    return (
+        f"{source.capitalize()} source, against plain fine-tuning:\n"
+        f"weighted_sum {of_sum} points, trial_runs {of_trials}"
     )
 
 
-def draw_curves(axes: Axes, results: Results, source: str, method: Method, cfg: Config) -> None:
-    """Accuracy over training: mean and standard deviation over the seeds."""
-    curve(axes, results.of("scratch", PLAIN), cfg, "from scratch", "0.45", ":")
-    for rule in ("weighted_sum", "dtnh", *cfg.variants):
-        runs = results.of(source, dataclasses.replace(method, rule=rule))
-        curve(axes, runs, cfg, rule, COLOURS[rule], "-")
-    # Drawn last, so that it stays visible where other curves coincide with it.
-    curve(axes, results.of(source, PLAIN), cfg, "plain fine-tuning", "black", "--")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+def in_points(difference: float) -> str:
+    """A difference with its sign. Adding 0 makes a 0 of −0."""
+    return f"{round(difference, 1) + 0:+.1f}".replace("-", "−")
 
 
 def curve(
-    axes: Axes, runs: list[FineTuning], cfg: Config, label: str, colour: str, style: str
+    axes: Axes,
+    accuracies: np.ndarray,
+    cfg: Config,
+    label: str,
+    colour: str,
+    style: str,
+    width: float,
 ) -> None:
-    """One line and its band."""
-    steps = np.linspace(0, cfg.steps, cfg.evaluations + 1)
-    accuracy = 100 * np.stack([run.accuracy for run in runs])
-    mean, deviation = accuracy.mean(axis=0), accuracy.std(axis=0, ddof=1)
-    axes.plot(steps, mean, style, color=colour, label=label, linewidth=2)
+    """One line and its band. Before the first step every accuracy is at chance: not drawn."""
+    steps = np.arange(1, cfg.evaluations + 1) * cfg.steps // cfg.evaluations
+    mean, deviation = accuracies.mean(axis=0)[1:], accuracies.std(axis=0, ddof=1)[1:]
+    axes.plot(steps, mean, style, color=colour, label=label, linewidth=width)
     axes.fill_between(
-        steps, mean - deviation, mean + deviation, color=colour, alpha=0.12, linewidth=0
+        steps, mean - deviation, mean + deviation, color=colour, alpha=0.1, linewidth=0
     )
-
-
-def draw_cosine(axes: Axes, runs: list[FineTuning], cfg: Config) -> AxesImage:
-    """The cosine of each group at each step, mean over the seeds."""
-    groups = list(runs[0].groups)
-    in_order = models.in_network_order(groups, cfg.widths)
-    cosine = np.mean([run.cosine for run in runs], axis=0).T
-    image = axes.imshow(
-        cosine[[groups.index(group) for group in in_order]],
-        aspect="auto",
-        cmap="RdBu",
-        vmin=-1,
-        vmax=1,
-        interpolation="nearest",
-        extent=(0, cfg.steps, len(groups), 0),
-    )
-    axes.set_yticks(np.arange(len(groups)) + 0.5, in_order)
-    axes.tick_params(axis="y", length=0)
-    return image

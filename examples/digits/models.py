@@ -1,6 +1,5 @@
 """A small ResNet for grayscale images in Flax NNX, used as pure functions."""
 
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -40,15 +39,11 @@ class ResNet(nnx.Module):
         self.block3 = BasicBlock(widths[1], widths[2], 2, rngs=rngs)
         self.head = nnx.Linear(widths[2], N_CLASSES, rngs=rngs)
 
-    def features(self, images: jax.Array) -> jax.Array:
-        """The input of the head, ``(n, channels)``, for ``(n, height, width, 1)`` images."""
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Logits, ``(n, 10)``, of ``(n, 8, 8, 1)`` images."""
         x = nnx.relu(self.stem_norm(self.stem_conv(images)))
         x = self.block3(self.block2(self.block1(x)))
-        return jnp.mean(x, axis=(1, 2))
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Logits, ``(n, n_classes)``."""
-        return self.head(self.features(images))
+        return self.head(jnp.mean(x, axis=(1, 2)))
 
 
 def init(widths: tuple[int, int, int], seed: int) -> Network:
@@ -66,19 +61,6 @@ def build(network: Network, widths: tuple[int, int, int]) -> ResNet:
 def batch_stats(model: ResNet) -> Any:
     """The running averages of batch norm."""
     return _as_dicts(model, nnx.BatchStat)
-
-
-def in_network_order(names: Iterable[str], widths: tuple[int, int, int]) -> list[str]:
-    """Sorts names of layers, or of arrays in them, from the image to the logits."""
-    layers = list(_layer_names(ResNet(widths, rngs=nnx.Rngs(0))))
-    return sorted(names, key=lambda name: [not name.startswith(layer) for layer in layers])
-
-
-def _layer_names(module: nnx.Module, prefix: str = "") -> Iterator[str]:
-    for name, child in vars(module).items():
-        if isinstance(child, nnx.Module):
-            yield from _layer_names(child, f"{prefix}{name}/")
-            yield f"{prefix}{name}"
 
 
 def _as_dicts(model: ResNet, kind: type[nnx.Variable]) -> Any:

@@ -5,19 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 SOURCES = ("fitting", "unfitting")
-
-
-@dataclass(frozen=True)
-class Method:
-    """How to fine-tune: the regularizer, its weight, and the rule that combines the gradients."""
-
-    regularizer: str
-    rule: str
-    reg_weight: float
-
-
-# Without a regularizer: any regularizer with weight 0.
-PLAIN = Method("l2_sp", "weighted_sum", 0.0)
+# Without a regularizer; with it by each of three rules; and with or without it, as trials say.
+METHODS = ("plain", "weighted_sum", "dtnh", "dtnh_sgd", "trial_runs")
 
 
 @dataclass(frozen=True)
@@ -27,34 +16,28 @@ class FineTuning:
     Attributes:
         seed: The seed of training images, initial weights and batches.
         source: One of the sources, or ``"scratch"``.
-        method: The method.
-        accuracy: On the held-out target images, at evenly spaced steps from 0 to the last.
-        cosine: Between loss and regularizer gradient of the mini-batch, ``(steps, groups)``, also
-            for rules that compare other vectors.
-        conflict: Where the cosine is negative, ``(steps, groups)``.
-        removed: What the rule removes from the regularizer's gradient, as a share of its length,
-            ``(steps,)``.
-        groups: The names of the groups.
+        method: One of the methods.
+        regularized: Whether the run had the regularizer.
+        accuracy: On the held-out images, at evenly spaced steps from 0 to the last.
+        diverged: Whether the logits were no longer finite after the last step.
     """
 
     seed: int
     source: str
-    method: Method
+    method: str
+    regularized: bool
     accuracy: np.ndarray
-    cosine: np.ndarray
-    conflict: np.ndarray
-    removed: np.ndarray
-    groups: tuple[str, ...]
+    diverged: bool
 
 
 @dataclass(frozen=True)
 class Results:
-    """The results of the experiment.
+    """The results of the demo.
 
     Attributes:
         fine_tunings: One for each seed, source and method.
-        source_accuracy: For each source and each seed the accuracy on its training images
-            (with the labels that it was trained on) and on held-out images (with the true ones).
+        source_accuracy: For each source and each seed the accuracy on its training images (with
+            the labels that it was trained on) and on the held-out images (with the true ones).
         seconds: The total time, with compilation.
     """
 
@@ -62,10 +45,10 @@ class Results:
     source_accuracy: dict[str, list[tuple[float, float]]]
     seconds: float
 
-    def settings(self) -> list[tuple[str, Method]]:
-        """The sources and methods, in the order in which they ran."""
-        return list(dict.fromkeys((run.source, run.method) for run in self.fine_tunings))
-
-    def of(self, source: str, method: Method) -> list[FineTuning]:
+    def of(self, source: str, method: str = "plain") -> list[FineTuning]:
         """The fine-tunings from one source with one method, in the order of the seeds."""
         return [run for run in self.fine_tunings if (run.source, run.method) == (source, method)]
+
+    def accuracies(self, source: str, method: str = "plain") -> np.ndarray:
+        """Their accuracies in percent, ``(seeds, evaluations + 1)``."""
+        return 100 * np.stack([run.accuracy for run in self.of(source, method)])

@@ -1,9 +1,13 @@
-"""The experiment: sources, fine-tunings, and the training loop of both."""
+"""The experiment: sources, fine-tunings, trial runs, and the training loop of all of them."""
 
 import collections
 import functools
+import itertools
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -18,211 +22,214 @@ from examples.common.resnet import Network
 from examples.digits import data, models
 from examples.digits.config import Config
 from examples.digits.data import Split
-from examples.digits.results import PLAIN, FineTuning, Method, Results
-from examples.digits.rules import RULES, is_shared
+from examples.digits.results import METHODS, SOURCES, FineTuning, Results
+from examples.digits.rules import RULES
 
 
 def run(cfg: Config) -> Results:
-    """Fine-tunes with every method from every source, seed by seed.
+    """Fine-tunes with every method from every source, for every seed.
 
     All runs of a seed use the same target images in the same batches, and all runs of a seed
     from one source start from the same weights, so that accuracies can be compared in pairs.
     """
     started = time.perf_counter()
-    fine_tunings = []
-    source_accuracy = {"fitting": [], "unfitting": []}
-    n_steps = cfg.seeds * (2 * cfg.source_steps + (1 + 2 * len(methods(cfg))) * cfg.steps)
-    with progress(n_steps) as advance:
-        for seed in range(cfg.seeds):
-            splits = data.load(cfg, seed)
-            fine_tunings.append(
-                fine_tune("scratch", new_network(seed, cfg), PLAIN, splits, seed, cfg, advance)
-            )
-            tasks = {
-                "fitting": splits.source_train,
-                "unfitting": data.with_random_labels(splits.source_train, seed),
-            }
-            for name, task in tasks.items():
-                source = pretrain(task, seed, cfg, advance)
-                source_accuracy[name].append(
-                    (accuracy(source, task, cfg), accuracy(source, splits.source_held_out, cfg))
-                )
-                fine_tunings += [
-                    fine_tune(name, source, method, splits, seed, cfg, advance)
-                    for method in methods(cfg)
-                ]
-    return Results(fine_tunings, source_accuracy, time.perf_counter() - started)
+    lock, over = threading.Lock(), threading.Event()
 
+    def count() -> None:
+        if over.is_set():
+            raise CancelledError
+        with lock:
+            advance()
 
-def methods(cfg: Config) -> list[Method]:
-    """Plain fine-tuning, then each regularizer at each weight with each rule."""
-    weights = {"l2_sp": cfg.l2_sp_weights, "distillation": cfg.distillation_weights}
-    return [PLAIN] + [
-        Method(regularizer, rule, reg_weight)
-        for regularizer, of_regularizer in weights.items()
-        for reg_weight in dict.fromkeys(of_regularizer)
-        for rule in dict.fromkeys(("weighted_sum", "dtnh", *cfg.variants))
-    ]
-
-
-def pretrain(task: Split, seed: int, cfg: Config, advance: Callable[[], None]) -> Network:
-    """Trains a source network."""
-    start = models.init(cfg.widths, 2 * seed + 1)
-    steps = training(start, start, task, PLAIN, cfg.source_steps, seed, cfg, advance)
-    [(network, _)] = collections.deque(steps, maxlen=1)
-    return network
-
-
-def fine_tune(
-    name: str,
-    source: Network,
-    method: Method,
-    splits: data.Data,
-    seed: int,
-    cfg: Config,
-    advance: Callable[[], None],
-) -> FineTuning:
-    """Trains on the target task, starting from the backbone of the source and a new head."""
-    head = new_network(seed, cfg).params["head"]
-    network = source._replace(params=source.params | {"head": head})
-    accuracies, measured = [accuracy(network, splits.target_held_out, cfg)], []
-    evaluate_at = {(cfg.steps * i) // cfg.evaluations for i in range(1, cfg.evaluations + 1)}
-    steps = training(network, source, splits.target_train, method, cfg.steps, seed, cfg, advance)
-    for step, (network, of_step) in enumerate(steps, start=1):
-        measured.append(of_step)
-        if step in evaluate_at:
-            accuracies.append(accuracy(network, splits.target_held_out, cfg))
-    return FineTuning(
-        seed=seed,
-        source=name,
-        method=method,
-        accuracy=np.array(accuracies),
-        cosine=np.stack([each.of_batch.per_group.cosine for each in measured]),
-        conflict=np.stack([each.of_batch.per_group.conflict for each in measured]),
-        removed=np.array([each.by_rule.total.removed for each in measured]),
-        groups=measured[0].of_batch.groups,
+    # A step is too small to keep more than one core busy, so each thread takes a seed.
+    threads = ThreadPoolExecutor(os.cpu_count())
+    with progress(cfg.seeds * steps_of_a_seed(cfg)) as advance, threads:
+        try:
+            of_seeds = list(threads.map(lambda seed: run_seed(seed, cfg, count), range(cfg.seeds)))
+        finally:
+            over.set()  # after an error or Ctrl-C, so that no thread goes on
+    fine_tunings, source_accuracies = zip(*of_seeds, strict=True)
+    return Results(
+        fine_tunings=list(itertools.chain.from_iterable(fine_tunings)),
+        source_accuracy={
+            name: [of_seed[name] for of_seed in source_accuracies] for name in SOURCES
+        },
+        seconds=time.perf_counter() - started,
     )
 
 
-def new_network(seed: int, cfg: Config) -> Network:
-    """Random weights, different from the initial weights of the sources of the seed."""
-    return models.init(cfg.widths, 2 * seed)
+def run_seed(
+    seed: int, cfg: Config, advance: Callable[[], None]
+) -> tuple[list[FineTuning], dict[str, tuple[float, float]]]:
+    """The fine-tunings of a seed, and the accuracies of its sources."""
+    splits = data.load(cfg, seed)
+    new = models.init(cfg.widths, 2 * seed)
+    scratch = Start("scratch", new, new.params, seed, advance)
+    fine_tunings, source_accuracy = [fine_tune(scratch, "plain", splits, cfg)], {}
+    for name in SOURCES:
+        task = splits.source
+        if name == "unfitting":
+            task = data.with_permuted_labels(task, seed)
+        source = pretrain(name, task, seed, cfg, advance)
+        source_accuracy[name] = (
+            accuracy(source, task, cfg),
+            accuracy(source, splits.held_out, cfg),
+        )
+        with_new_head = source._replace(params=source.params | {"head": new.params["head"]})
+        start = Start(name, with_new_head, source.params, seed, advance)
+        fine_tunings += [fine_tune(start, method, splits, cfg) for method in METHODS]
+    return fine_tunings, source_accuracy
 
 
-class Batch(NamedTuple):
-    """Training images ``(n, 8, 8, 1)``, their labels ``(n,)``, the source's logits ``(n, 5)``."""
-
-    images: Any
-    labels: Any
-    source_logits: Any
-
-
-class TrainState(NamedTuple):
-    """The state of training."""
-
-    network: Network
-    opt_state: Any
+def steps_of_a_seed(cfg: Config) -> int:
+    """Training steps of everything, for the progress bar."""
+    fine_tunings = 1 + len(SOURCES) * len(METHODS)
+    trials = len(SOURCES) * 2 * cfg.folds
+    return (
+        cfg.source_steps + cfg.memorize_steps + fine_tunings * cfg.steps + trials * trial_steps(cfg)
+    )
 
 
-class Measured(NamedTuple):
-    """The measurements of a step.
+def trial_steps(cfg: Config) -> int:
+    """Training steps of a trial run."""
+    return cfg.steps // 3
+
+
+class Start(NamedTuple):
+    """Where trainings start.
 
     Attributes:
-        of_batch: The conflict of the gradients of the mini-batch, in the same groups for every
-            rule.
-        by_rule: The conflict of the vectors that the rule compares.
+        source: The name of the source.
+        network: The initial weights.
+        pretrained: The weights that L2-SP pulls towards.
+        seed: Draws the batches.
+        advance: Counts a step in the progress bar.
     """
 
-    of_batch: dtnh_jax.ConflictStats
-    by_rule: dtnh_jax.ConflictStats
+    source: str
+    network: Network
+    pretrained: Any
+    seed: int
+    advance: Callable[[], None]
+
+
+def pretrain(
+    name: str, task: Split, seed: int, cfg: Config, advance: Callable[[], None]
+) -> Network:
+    """Trains a source network."""
+    new = models.init(cfg.widths, 2 * seed + 1)
+    steps = cfg.source_steps if name == "fitting" else cfg.memorize_steps
+    start = Start(name, new, new.params, seed, advance)
+    return last(training(start, task, "weighted_sum", 0.0, steps, cfg))
+
+
+def fine_tune(start: Start, method: str, splits: data.Data, cfg: Config) -> FineTuning:
+    """Trains on all target images."""
+    if method == "trial_runs":
+        regularized, rule = trials_say_regularize(start, splits.target, cfg), "bounded"
+    else:
+        regularized, rule = method != "plain", method
+    if not regularized:
+        rule = "weighted_sum"
+    steps = training(start, splits.target, rule, cfg.reg_weight * regularized, cfg.steps, cfg)
+    evaluate_at = {(cfg.steps * i) // cfg.evaluations for i in range(cfg.evaluations + 1)}
+    accuracies, network = [accuracy(start.network, splits.held_out, cfg)], start.network
+    for step, network in enumerate(steps, start=1):
+        if step in evaluate_at:
+            accuracies.append(accuracy(network, splits.held_out, cfg))
+    return FineTuning(
+        seed=start.seed,
+        source=start.source,
+        method=method,
+        regularized=regularized,
+        accuracy=np.array(accuracies),
+        diverged=not np.isfinite(loss(network, splits.held_out, cfg)),
+    )
+
+
+def trials_say_regularize(start: Start, target: Split, cfg: Config) -> bool:
+    """Compares two short runs, with and without the regularizer, on images held out of both."""
+    losses = dict.fromkeys((0.0, cfg.reg_weight), 0.0)
+    for fold in range(cfg.folds):
+        rest, held_out = data.hold_out(target, fold)
+        for weight in losses:
+            network = last(training(start, rest, "bounded", weight, trial_steps(cfg), cfg))
+            losses[weight] += loss(network, held_out, cfg)
+    return losses[cfg.reg_weight] < losses[0.0]
 
 
 def training(
-    start: Network,
-    source: Network,
-    split: Split,
-    method: Method,
-    steps: int,
-    seed: int,
-    cfg: Config,
-    advance: Callable[[], None],
-) -> Iterator[tuple[Network, Measured]]:
-    """Trains from ``start``, regularized towards ``source``; yields after each step."""
-    everything = Batch(*split, np.asarray(predict(source, split.images, cfg)))
-    opt_state = RULES[method.rule](method.reg_weight, cfg).init(start.params)
-    state = TrainState(start, opt_state)
-    rng = np.random.default_rng(seed)
-    for indices in draw_batches(len(split.labels), cfg.batch_size, steps, rng):
-        state, measured = train_step(
-            state,
-            Batch(*(array[indices] for array in everything)),
-            source,
-            method.reg_weight,
-            regularizer=method.regularizer,
-            rule=method.rule,
-            cfg=cfg,
+    start: Start, split: Split, rule: str, reg_weight: float, steps: int, cfg: Config
+) -> Iterator[Network]:
+    """Trains; yields after each step."""
+    network, opt_state = start.network, RULES[rule](0.0, reg_weight).init(start.network.params)
+    rates = np.asarray(optax.cosine_decay_schedule(cfg.learning_rate, steps)(np.arange(steps)))
+    rng = np.random.default_rng(start.seed)
+    batches = draw_batches(len(split.labels), cfg.batch_size, steps, rng)
+    for indices, rate in zip(batches, rates, strict=True):
+        network, opt_state = train_step(
+            network,
+            opt_state,
+            Split(split.images[indices], split.labels[indices]),
+            start.pretrained,
+            reg_weight,
+            rate,
+            rule=rule,
+            widths=cfg.widths,
         )
-        advance()
-        yield state.network, measured
+        start.advance()
+        yield network
 
 
-# The weight is not static, so that all weights share one compilation.
-@functools.partial(jax.jit, static_argnames=("regularizer", "rule", "cfg"))
+# Weight and learning rate are not static, so that each rule is compiled once.
+@functools.partial(jax.jit, static_argnames=("rule", "widths"))
 def train_step(
-    state: TrainState,
-    batch: Batch,
-    source: Network,
+    network: Network,
+    opt_state: Any,
+    batch: Split,
+    pretrained: Any,
     reg_weight: jax.Array,
+    learning_rate: jax.Array,
     *,
-    regularizer: str,
     rule: str,
-    cfg: Config,
-) -> tuple[TrainState, Measured]:
-    """One step of fine-tuning."""
-    (params, batch_stats), opt_state = state
+    widths: tuple[int, int, int],
+) -> tuple[Network, Any]:
+    """One step of training; returns the network and the state of the optimizer."""
 
     @functools.partial(dtnh_jax.value_and_gradient_pair, has_aux=True)
     def objective(params: Any) -> Any:
-        student = models.build(Network(params, batch_stats), cfg.widths)
-        student.train()
-        features = student.features(batch.images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            student.head(features), batch.labels
-        )
-        if regularizer == "l2_sp":
-            reg = regularizers.l2_sp(params, source.params | {"head": None})
-        else:
-            # Learning without forgetting: on the features of the student, the head of the source
-            # is trained to keep the predictions of the source network.
-            source_head = models.build(source, cfg.widths).head
-            reg = regularizers.distillation(
-                source_head(features), batch.source_logits, cfg.temperature
-            )
-        return (losses.mean(), reg), models.batch_stats(student)
+        model = models.build(Network(params, network.batch_stats), widths)
+        model.train()
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(batch.images), batch.labels)
+        reg = regularizers.l2_sp(params, pretrained | {"head": None})
+        return (losses.mean(), reg), models.batch_stats(model)
 
-    (_, batch_stats), pair = objective(params)
-    updates, opt_state = RULES[rule](reg_weight, cfg).update(pair, opt_state, params)
-    network = Network(optax.apply_updates(params, updates), batch_stats)
-    measured = Measured(conflict(pair, cfg), dtnh_jax.conflict_stats(opt_state))
-    return TrainState(network, opt_state), measured
+    (_, batch_stats), pair = objective(network.params)
+    tx = RULES[rule](learning_rate, reg_weight)
+    updates, opt_state = tx.update(pair, opt_state, network.params)
+    return Network(optax.apply_updates(network.params, updates), batch_stats), opt_state
 
 
-def conflict(pair: dtnh_jax.GradientPair, cfg: Config) -> dtnh_jax.ConflictStats:
-    """Measures the conflict of two gradients."""
-    meter = dtnh_jax.weighted_sum(0.0, scope=cfg.scope, mask=is_shared)
-    _, state = meter.update(pair, meter.init(pair.loss_grads))
-    return dtnh_jax.conflict_stats(state)
+def last(networks: Iterator[Network]) -> Network:
+    """The network after the last step."""
+    return collections.deque(networks, maxlen=1).pop()
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def predict(network: Network, images: jax.Array, cfg: Config) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="widths")
+def predict(network: Network, images: jax.Array, *, widths: tuple[int, int, int]) -> jax.Array:
     """Computes logits in evaluation mode."""
-    model = models.build(network, cfg.widths)
+    model = models.build(network, widths)
     model.eval()
     return model(images)
 
 
 def accuracy(network: Network, split: Split, cfg: Config) -> float:
     """The share of images that the network classifies correctly."""
-    logits = np.asarray(predict(network, split.images, cfg))
+    logits = np.asarray(predict(network, split.images, widths=cfg.widths))
     return float(np.mean(np.argmax(logits, axis=-1) == split.labels))
+
+
+def loss(network: Network, split: Split, cfg: Config) -> float:
+    """The mean cross-entropy."""
+    logits = predict(network, split.images, widths=cfg.widths)
+    return float(optax.softmax_cross_entropy_with_integer_labels(logits, split.labels).mean())
