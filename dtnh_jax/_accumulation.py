@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
+from dtnh_jax._numerics import compute_dtype, widened
 from dtnh_jax._pair import GradientPair, takes_pairs
 from dtnh_jax._tree import PyTree, is_absent, lay_over
 
@@ -38,12 +39,14 @@ def accumulate_pairs(
 
     The pair-aware twin of `optax.MultiSteps`: `k` micro-batches of equal size equal one big batch.
     To project each micro-batch and average the directions is another method; `optax.MultiSteps`
-    around a rule would average the loss gradients alone.
+    around a rule would average the loss gradients alone. A leaf that is `None` in some of the
+    micro-batches counts there as zero. If it is `None` in the last one, its sum waits for the next
+    step in whose last micro-batch it is there.
 
     Args:
         optimizer: A whole chain with a rule in it, or [`decoupled`][dtnh_jax.decoupled].
         every_k: $k \ge 1$, micro-batches a step.
-        accumulator_dtype: The dtype of the sums; by default that of params.
+        accumulator_dtype: The dtype of the sums; by default float32, or wider where params are.
 
     Returns:
         An `optax.GradientTransformationExtraArgs` that takes a pair in both call styles. Its
@@ -78,7 +81,12 @@ def accumulate_pairs(
     inner = optax.with_extra_args_support(optimizer)
 
     def zeros(tree: PyTree) -> PyTree:
-        return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=accumulator_dtype), tree)
+        def zero(x: Any) -> jax.Array:
+            if accumulator_dtype is not None or not jnp.issubdtype(x.dtype, jnp.inexact):
+                return jnp.zeros_like(x, dtype=accumulator_dtype)
+            return jnp.zeros_like(widened(x, compute_dtype(x.dtype)))
+
+        return jax.tree.map(zero, jax.tree.map(jnp.asarray, tree))
 
     def init(params: PyTree) -> Any:
         return AccumulationState(
@@ -101,7 +109,9 @@ def accumulate_pairs(
                 _means(sums.reg_grads, pair.reg_grads, every_k),
             )
             steps, optimizer_state = inner.update(means, optimizer_state, params, **extra_args)
-            return steps, jax.tree.map(jnp.zeros_like, sums), optimizer_state
+            # What the last micro-batch has no gradient for waits for a step that has.
+            left = GradientPair(*[_left(*both) for both in zip(sums, pair, strict=True)])
+            return steps, left, optimizer_state
 
         def wait(sums: GradientPair, optimizer_state: Any) -> tuple[PyTree, GradientPair, Any]:
             like = jax.eval_shape(step, sums, optimizer_state)[0]
@@ -126,6 +136,18 @@ def _added(sums: PyTree, grads: PyTree, what: str) -> PyTree:
     return treedef.unflatten(
         [
             total if is_absent(grad) else total + jnp.asarray(grad).astype(total.dtype)
+            for total, grad in zip(leaves, entries, strict=True)
+        ]
+    )
+
+
+def _left(sums: PyTree, grads: PyTree) -> PyTree:
+    """``sums`` where ``grads`` are absent, and zeros elsewhere."""
+    leaves, treedef = jax.tree.flatten(sums, is_leaf=is_absent)
+    entries = lay_over(grads, sums, what="grads", over="params", one_for_many=False)
+    return treedef.unflatten(
+        [
+            total if is_absent(total) or is_absent(grad) else jnp.zeros_like(total)
             for total, grad in zip(leaves, entries, strict=True)
         ]
     )

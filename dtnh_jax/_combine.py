@@ -1,5 +1,6 @@
 """The link that every rule is: a pair of gradients in, one direction out."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -38,7 +39,14 @@ from dtnh_jax._stats import (
     removed_share,
 )
 from dtnh_jax._tree import PyTree, is_array, path_name
-from dtnh_jax.weightings import Geometry, Weighting, Weights, bounded, weighted_sum
+from dtnh_jax.weightings import (
+    Geometry,
+    Weighting,
+    Weights,
+    added_length,
+    bounded,
+    weighted_sum,
+)
 
 Weight = jax.typing.ArrayLike | optax.Schedule
 RegWeight = Weight | Sequence[Weight]
@@ -189,16 +197,11 @@ def pair_changes(
         )
         if (usable := is_usable(reference, reference_state)) is not None:
             values = [jnp.where(usable, value, 0.0) for value in values]
-        combination = _Combination(weighting, max_ratio, by_element, diagnostics)
+        combination = _Combination(weighting, max_ratio, by_element)
         bounds = layout.leaves if as_held_out(reference) else refs
         changes, measurement, largest = combination(
-            values, refs, bounds, regs, layout, state.largest
+            values, refs, bounds, regs, layout, state.measurement, state.largest
         )
-        if diagnostics:
-            # The state keeps its dtypes whatever the gradients' are: a scan carries it.
-            measurement = jax.tree.map(
-                lambda new, old: new.astype(old.dtype), measurement, state.measurement
-            )
         count = jnp.asarray(optax.safe_increment(state.count))
         return changes, PairState(count, measurement, state.groups, reference_state, largest)
 
@@ -211,7 +214,6 @@ class _Combination(NamedTuple):
     weighting: Weighting
     max_ratio: jax.typing.ArrayLike | None
     by_element: bool
-    diagnostics: bool
 
     def __call__(
         self,
@@ -220,6 +222,7 @@ class _Combination(NamedTuple):
         bounds: list[Any],
         regs: Sequence[list[jax.Array | None]],
         layout: Layout,
+        measurement: Measurement | None,
         largest: jax.Array | None,
     ) -> tuple[list[jax.Array | None], Measurement | None, jax.Array | None]:
         """Combines.
@@ -230,6 +233,7 @@ class _Combination(NamedTuple):
             bounds: What ``max_ratio`` is relative to, likewise: often the same list.
             regs: The regularizers' gradients, ``None`` where they do not reach.
             layout: Of the loss gradient.
+            measurement: Of the step before, if there are diagnostics.
             largest: The largest norm of ``bounds`` so far, for each group, if it is kept.
 
         Returns:
@@ -245,65 +249,129 @@ class _Combination(NamedTuple):
         ]
         dtype = compute_dtype(*[x.dtype for part in parts for x in part[1:4]])
         lambdas = [jnp.asarray(w, dtype) for w in reg_weights for _ in range(n_groups)]
-        needs_geometry = not (self.by_element or self.weighting is weighted_sum)
+        needs_geometry = not (self.by_element or self.is_sum)
         needs_bound = self.max_ratio is not None and not self.by_element
-        each, together, bound_norms = (
-            [Geometry(*[jnp.zeros([], dtype)] * 3)] * len(lambdas),
-            None,
-            None,
-        )
-        if self.diagnostics or needs_geometry or needs_bound:
+        nothing = Geometry(*[jnp.zeros([], dtype)] * 3)
+        each, together, bound_norms = [nothing] * len(lambdas), None, None
+        if measurement is not None or needs_geometry or needs_bound:
             is_apart = needs_bound and bounds is not refs
             each, together, bound_norms = geometries(parts, len(lambdas), dtype, is_apart)
         if largest is not None and bound_norms is not None:
+            kept = [largest[row].astype(dtype) for row in range(len(lambdas))]
             bound_norms = [
-                jnp.maximum(x, largest[i].astype(dtype)) for i, x in enumerate(bound_norms)
+                jnp.where(jnp.isfinite(new), jnp.maximum(new, old), old)
+                for new, old in zip(bound_norms, kept, strict=True)
             ]
             largest = jnp.asarray(bound_norms).astype(largest.dtype)
-        factors = []
-        if not self.by_element:
-            for row, geometry in enumerate(each):
-                norm = None if bound_norms is None else bound_norms[row]
-                weights = self.weights(geometry, lambdas[row], norm)
-                factors.append((ratio(weights.ref, geometry.ref_norm), weights.reg))
+        factors: dict[int, Weights] = {}
+        for group in range(0 if self.by_element else n_groups):
+            rows = range(group, len(lambdas), n_groups)
+            norms = None if bound_norms is None else [bound_norms[row] for row in rows]
+            found = self.weights([each[i] for i in rows], [lambdas[i] for i in rows], norms)
+            for row, weights in zip(rows, found, strict=True):
+                factors[row] = self.factors(each[row], lambdas[row], weights)
         changes: list[jax.Array | None] = [None] * len(refs)
-        made = []
-        for leaf, r, b, bound, row in parts:
+        made: list[tuple[jax.Array, jax.Array, int]] = []
+        by_leaf: dict[int, list[Part]] = {}
+        for part in parts:
+            by_leaf.setdefault(part.leaf, []).append(part)
+        for leaf, of_leaf in by_leaf.items():
             if self.by_element:
-                weights = self.weights(element_geometry(r, b, dtype), lambdas[row], jnp.abs(bound))
-                made.append(element_change(r, b, *weights, dtype))
-            else:
+                numbers = [element_geometry(part.r, part.b, dtype) for part in of_leaf]
+                of_rows = [lambdas[part.row] for part in of_leaf]
+                found = self.weights(numbers, of_rows, [jnp.abs(part.bound) for part in of_leaf])
+                for part, *one in zip(of_leaf, numbers, of_rows, found, strict=True):
+                    factors[part.row] = self.factors(*one)
+            for _, r, b, _, row in of_leaf:
                 ref, reg = factors[row]
-                made.append(change(r, b, ref, reg, dtype))
-            before = changes[leaf]
-            changes[leaf] = made[-1] if before is None else total(before, made[-1])
-        if not self.diagnostics or together is None:
+                combine = element_change if self.by_element else change
+                # A product with 0 would keep what is not finite.
+                by = jnp.where(jnp.isnan(ref), 0, combine(r, b, ref, reg, dtype))
+                before = changes[leaf]
+                changes[leaf] = by if before is None else total(before, by)
+                made.append((b, by, row))
+        if measurement is None or together is None:
             return changes, None, largest
         reg_weight = jnp.asarray(lambdas, dtype)
         if self.by_element:
-            kept = [(part.b, by, part.row) for part, by in zip(parts, made, strict=True)]
-            removed = removed_by_element(together, kept, reg_weight)
+            removed = removed_by_element(together, made, reg_weight)
         else:
             norms = None if bound_norms is None else jnp.asarray(bound_norms, dtype)
-            removed = removed_share(together, self.weights(together, reg_weight, norms), reg_weight)
-        return changes, measure(together, removed), largest
+            apart = functools.partial(jnp.split, indices_or_sections=len(regs))
+            found = self.weights(
+                [Geometry(*one) for one in zip(*map(apart, together), strict=True)],
+                apart(reg_weight),
+                None if norms is None else apart(norms),
+            )
+            ref, reg = (jnp.concatenate(x) for x in zip(*found, strict=True))
+            removed = removed_share(together, Weights(ref, reg), reg_weight)
+        reached = np.isin(np.arange(len(lambdas)), [part.row for part in parts])
+        return changes, measure(together, removed, reached, measurement), largest
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether this is the sum, whose direction needs no geometry."""
+        return self.weighting is weighted_sum and self.max_ratio is None
 
     def weights(
-        self, geometry: Geometry, reg_weight: jax.Array, bound_norm: jax.Array | None
-    ) -> Weights:
-        """What the weighting returns, checked and bounded."""
+        self,
+        geometries: Sequence[Geometry],
+        reg_weights: Sequence[jax.Array],
+        bound_norms: Sequence[jax.Array] | None,
+    ) -> list[Weights]:
+        """What the weighting returns for the regularizers of one group, checked and bounded.
+
+        Args:
+            geometries: Of each regularizer.
+            reg_weights: λ of each.
+            bound_norms: What the bound is relative to, for each.
+
+        Returns:
+            The weights of each regularizer.
+        """
+        if self.max_ratio is None or bound_norms is None:
+            return [self.free(*one) for one in zip(geometries, reg_weights, strict=True)]
+        weights, limits = [], []
+        for geometry, reg_weight, norm in zip(geometries, reg_weights, bound_norms, strict=True):
+            dtype = geometry.along.dtype
+            limit = jnp.asarray(self.max_ratio, dtype) * norm.astype(dtype)
+            # A schedule may return infinity, 0 times which is no number.
+            reg_weight = jnp.minimum(reg_weight, float(jnp.finfo(dtype).max))
+            weights.append(bounded(self.free(geometry, reg_weight), geometry, limit))
+            limits.append(limit)
+        if len(weights) > 1:  # their lengths together are at least the length of their sum
+            lengths = [added_length(*one) for one in zip(weights, geometries, strict=True)]
+            limit, length = (
+                functools.reduce(function, [jnp.where(jnp.isnan(x), 0, x) for x in each])
+                for function, each in ((jnp.maximum, limits), (jnp.add, lengths))
+            )
+            share = jnp.minimum(ratio(limit, length), 1)
+            weights = [Weights(share * ref, share * reg) for ref, reg in weights]
+        return weights
+
+    def free(self, geometry: Geometry, reg_weight: jax.Array) -> Weights:
+        """What the weighting returns, checked."""
         weights = self.weighting(geometry, reg_weight)
         if not isinstance(weights, tuple) or len(weights) != 2:
             raise TypeError(
                 "A weighting must return dtnh_jax.weightings.Weights(ref, reg), two arrays; got "
                 f"{type(weights).__name__}."
             )
-        dtype = geometry.along.dtype
-        ref, reg = (jnp.asarray(x, dtype) for x in weights)
-        if self.max_ratio is None or bound_norm is None:
-            return Weights(ref, reg)
-        limit = jnp.asarray(self.max_ratio, dtype) * bound_norm.astype(dtype)
-        return bounded(Weights(ref, reg), geometry, limit)
+        return Weights(*[jnp.asarray(x, geometry.along.dtype) for x in weights])
+
+    def factors(self, geometry: Geometry, reg_weight: jax.Array, weights: Weights) -> Weights:
+        """The numbers that multiply r and b. Where the first is NaN, b takes no part.
+
+        No number of its own tells it, since each number of a group is a kernel.
+        """
+        ref = weights.ref
+        if self.is_sum:
+            # It compares nothing, and hands on what is not finite, as training without a rule does.
+            return Weights(jnp.where(reg_weight == 0, jnp.nan, ref), weights.reg)
+        ref = ref + 0 * geometry.along  # NaN where that is not finite
+        if not self.by_element:  # where r is 0, the quotient is 0 or NaN
+            ref = ref / jnp.where(geometry.ref_norm == 0, jnp.inf, geometry.ref_norm)
+        return Weights(ref, weights.reg)
 
 
 def _matched(layout: Layout, reg_grads: PyTree, loss_grads: PyTree) -> list[jax.Array | None]:
@@ -325,7 +393,9 @@ def _weighted(
     for leaves, weight in zip(regs, weights, strict=True):
         for leaf, b in enumerate(leaves):
             if b is not None:
-                part = scaled(b, weight, compute_dtype(b.dtype))
+                dtype = compute_dtype(b.dtype)
+                part = scaled(b, weight, dtype)
+                part = jnp.where(jnp.asarray(weight, dtype) != 0, part, 0)
                 before = sums[leaf]
                 sums[leaf] = part if before is None else total(before, part)
     return sums
@@ -371,10 +441,10 @@ def _check_reg_weight(reg_weight: Any) -> None:
             "reg_weight must be a number >= 0 or an optax schedule (a function of the step), or a "
             f"sequence of them, one for each regularizer; got {reg_weight!r}."
         )
-    if jnp.ndim(reg_weight) != 0 or not np.asarray(reg_weight) >= 0:
+    if jnp.ndim(reg_weight) != 0 or not 0 <= np.asarray(reg_weight) < np.inf:
         raise ValueError(
-            "reg_weight must be a number >= 0: it multiplies the regularizer's gradient; "
-            f"got {reg_weight!r}."
+            "reg_weight must be a number >= 0 and finite: it multiplies the regularizer's "
+            f"gradient; got {reg_weight!r}."
         )
 
 

@@ -53,7 +53,9 @@ def decoupled(
     a,b\rangle) \le 0$, whatever the optimizer.
 
     Args:
-        optimizer: Any optax optimizer, learning rate included.
+        optimizer: Any optax optimizer, learning rate included. Leaves that it freezes, such as
+            with `optax.set_to_zero`, are still moved by the regularizer: set `mask` to `False`
+            there.
         reg_weight: $\lambda \ge 0$, as in [`dtnh`][dtnh_jax.dtnh]. The regularizer's step is the
             plain gradient's, not the optimizer's. With Adam, whose steps do not grow with the
             gradient, a weight has another meaning than in a chain; with a momentum of $\mu$, the

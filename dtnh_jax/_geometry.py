@@ -55,8 +55,8 @@ def geometries(
         sizes[row] += r.size
     zeros = (jnp.zeros([], dtype),) * (4 if bound_is_apart else 3)
     sums = [_totals(leaves) if leaves else zeros for leaves in of_rows]
-    each = [_geometry(*group[:3], size=size) for group, size in zip(sums, sizes, strict=True)]
-    columns = [*zip(*sums, strict=True)][:3] if sums else [()] * 3
+    each = [_geometry(*group, size=size) for group, size in zip(sums, sizes, strict=True)]
+    columns = [*zip(*sums, strict=True)] or [()] * len(zeros)
     together = _geometry(*[jnp.asarray(column, dtype) for column in columns], size=sizes)
     if bound_is_apart:
         bounds = [jnp.sqrt(group[3]) for group in sums]
@@ -90,11 +90,19 @@ def _totals(leaves: Sequence[tuple[jax.Array, ...]]) -> tuple[jax.Array, ...]:
 
 
 def _geometry(
-    ref_sq: jax.Array, inner: jax.Array, reg_sq: jax.Array, *, size: np.ndarray | np.floating
+    ref_sq: jax.Array,
+    inner: jax.Array,
+    reg_sq: jax.Array,
+    bound_sq: jax.Array | None = None,
+    *,
+    size: np.ndarray | np.floating,
 ) -> Geometry:
     """The geometry of sums over so many numbers."""
     # A sum of squares this small has lost some to underflow: too small beside inner. NaN is kept.
     info = jnp.finfo(inner.dtype)
+    # Where they are not finite, 0 times them is NaN. That one of the three numbers tells it saves a
+    # fourth, which would be one more kernel for each group.
+    squares = ref_sq + reg_sq if bound_sq is None else ref_sq + reg_sq + bound_sq
     lowest = jnp.asarray(size * float(info.tiny) / float(info.eps), inner.dtype)
     (has_ref, ref_norm), (has_reg, reg_norm) = (
         (~(square <= lowest), jnp.sqrt(jnp.where(square <= lowest, 1, square)))
@@ -103,7 +111,7 @@ def _geometry(
     return Geometry(
         ref_norm=jnp.where(has_ref, ref_norm, 0),
         reg_norm=jnp.where(has_reg, reg_norm, 0),
-        along=jnp.where(has_ref, inner / ref_norm, 0),
+        along=jnp.where(has_ref, inner / ref_norm, 0) + 0 * squares,
     )
 
 

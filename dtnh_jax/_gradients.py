@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from dtnh_jax._jax_internals import depends_on
 from dtnh_jax._pair import GradientPair
-from dtnh_jax._tree import PyTree, is_array
+from dtnh_jax._tree import PyTree, is_array, leaf_paths, path_name
 
 
 def value_and_gradient_pair(
@@ -38,8 +38,8 @@ def value_and_gradient_pair(
         several ``argnums``); for a tuple of regularizers its ``reg_grads`` is a tuple of those.
 
     Raises:
-        TypeError: When called, if ``fun`` returns something else, or ``loss`` or ``reg`` is
-            no real floating-point scalar.
+        TypeError: When called, if ``fun`` returns something else, ``loss`` or ``reg`` is no real
+            floating-point scalar, or the argument to differentiate by holds integers.
 
     Examples:
         >>> import jax, jax.numpy as jnp, dtnh_jax
@@ -106,6 +106,14 @@ def _split_arguments(
         return fun(*replaced, **kwargs)
 
     wrt = tuple(args[number] for number in numbers)
+    for path, leaf in zip(leaf_paths(wrt, absent=False), jax.tree.leaves(wrt), strict=True):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+            name = path_name(path if len(wrt) > 1 else path[1:])
+            raise TypeError(
+                "value_and_gradient_pair differentiates by floating-point or complex arrays; got "
+                f"{jnp.result_type(leaf)} at {name!r}. Pass what is no such array in another "
+                "argument."
+            )
     return (wrt[0] if isinstance(argnums, int) else wrt), fun_of_wrt
 
 

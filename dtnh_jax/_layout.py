@@ -1,13 +1,22 @@
 """Which leaves form a group: a tree is laid out once, and other trees are laid over it."""
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 
-from dtnh_jax._tree import PyTree, is_absent, lay_over, leaf_paths, leaves_of, path_name
+from dtnh_jax._tree import (
+    PyTree,
+    is_absent,
+    is_function,
+    lay_over,
+    leaf_paths,
+    leaves_of,
+    path_name,
+)
 
 SCOPES = ("global", "layer", "leaf", "element")
 
@@ -84,18 +93,31 @@ def lay_out(tree: PyTree, scope: Scope, mask: Mask) -> Layout:
     paths = leaf_paths(tree, absent=False)
     labels = _labels(tree, paths, scope)
     kept = [True] * len(paths) if mask is None else _at_leaves(reached(tree, mask), tree)
-    names = sorted({label for label, is_kept in zip(labels, kept, strict=True) if is_kept})
-    row_of = {name: row for row, name in enumerate(names)}
+    # By their keys, not their names: {"a/b": ...} and {"a": {"b": ...}} are two layers of one name.
+    found = {label for label, is_kept in zip(labels, kept, strict=True) if is_kept}
+    groups = sorted([("/".join(keys) or ".", keys) for keys in found])
+    row_of = {keys: row for row, (_, keys) in enumerate(groups)}
     rows = [row_of[x] if is_kept else None for x, is_kept in zip(labels, kept, strict=True)]
-    return Layout(leaves, treedef, paths, tuple(names), rows)
+    return Layout(leaves, treedef, paths, unique([name for name, _ in groups]), rows)
 
 
-def _labels(tree: PyTree, paths: list[tuple[str, ...]], scope: Scope) -> list[str]:
+def unique(names: Sequence[str]) -> tuple[str, ...]:
+    """The names, with ``#2`` and so on where one has been there before."""
+    seen: Counter[str] = Counter()
+    made = []
+    for name in names:
+        seen[name] += 1
+        made.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return tuple(made)
+
+
+def _labels(tree: PyTree, paths: list[tuple[str, ...]], scope: Scope) -> list[tuple[str, ...]]:
+    """The keys of each leaf's group: a path, or a name as the only one."""
     if isinstance(scope, str):
         if scope == "global":
-            return ["global"] * len(paths)
-        return ["/".join(path[:-1] if scope == "layer" else path) or "." for path in paths]
-    if callable(scope):
+            return [("global",)] * len(paths)
+        return [path[:-1] if scope == "layer" else path for path in paths]
+    if is_function(scope):
         labels: list[Any] = [scope(path_name(path)) for path in paths]
         wanted = "a scope function must return the name of the leaf's group, a string"
     else:
@@ -109,7 +131,7 @@ def _labels(tree: PyTree, paths: list[tuple[str, ...]], scope: Scope) -> list[st
                 f"{wanted}; got {label!r} at {path_name(path)!r}. "
                 "To leave a leaf out of every group, use mask=."
             )
-    return labels
+    return [(label,) for label in labels]
 
 
 def reached(tree: PyTree, mask: Mask) -> list[bool]:
@@ -117,7 +139,7 @@ def reached(tree: PyTree, mask: Mask) -> list[bool]:
     leaves = leaves_of(tree)
     if mask is None:
         return [not is_absent(leaf) for leaf in leaves]
-    mask_tree = mask(tree) if callable(mask) else mask
+    mask_tree = mask(tree) if is_function(mask) else mask
     entries = lay_over(mask_tree, tree, what="mask", over="params", one_for_many=True)
     for path, leaf, entry in zip(leaf_paths(tree), leaves, entries, strict=True):
         # A mask that is mapped from params has nothing where they have nothing.

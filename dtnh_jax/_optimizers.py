@@ -62,7 +62,8 @@ def dtnh_sgd(
         nesterov: Whether to use Nesterov momentum.
         on_conflict: As in [`dtnh`][dtnh_jax.dtnh].
         max_ratio: $\kappa$, as in [`dtnh`][dtnh_jax.dtnh].
-        scope: As in [`dtnh`][dtnh_jax.dtnh].
+        scope: As in [`dtnh`][dtnh_jax.dtnh]. A flat dict of arrays is one layer: give `"leaf"` for
+            such params.
         mask: As in [`dtnh`][dtnh_jax.dtnh]. The momentum of the regularizer gradient is kept only
             where it is `True`.
         reference: As in [`dtnh`][dtnh_jax.dtnh]: `"batch"` is the momentum $m_a$.

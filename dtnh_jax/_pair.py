@@ -45,6 +45,9 @@ class GradientPair(NamedTuple):
     reg_grads: PyTree
 
 
+_NOT_GIVEN: Any = object()  # None says that the regularizer reaches nothing
+
+
 def takes_pairs(
     init: optax.TransformInitFn, update: Callable[..., tuple[PyTree, Any]]
 ) -> optax.GradientTransformationExtraArgs:
@@ -63,7 +66,7 @@ def takes_pairs(
         state: Any,
         params: PyTree | None = None,
         *,
-        reg_grads: PyTree | None = None,
+        reg_grads: PyTree = _NOT_GIVEN,
         **extra_args: Any,
     ) -> tuple[PyTree, Any]:
         return update(_as_pair(updates, reg_grads, params), state, params, **extra_args)
@@ -71,13 +74,13 @@ def takes_pairs(
     return optax.GradientTransformationExtraArgs(init, update_either)
 
 
-def _as_pair(updates: PyTree, reg_grads: PyTree | None, params: PyTree | None) -> GradientPair:
+def _as_pair(updates: PyTree, reg_grads: PyTree, params: PyTree | None) -> GradientPair:
     if isinstance(updates, GradientPair):
         # A chain hands reg_grads= to each of its links. Where an earlier link has made a pair of
         # them, that pair counts.
         return updates
     pair = _pair_of(updates)
-    if reg_grads is not None:
+    if reg_grads is not _NOT_GIVEN and not (reg_grads is None and pair is not None):
         if (
             pair is not None
             and not _same_structure(updates, reg_grads)

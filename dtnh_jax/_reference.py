@@ -252,7 +252,11 @@ def _next_held_out(
     tree = jax.tree.map(jnp.asarray, layout.only_reached(entries))
 
     def add(average: PyTree) -> PyTree:
-        return jax.tree.map(lambda m, v: reference.decay * m + v.astype(m.dtype), average, tree)
+        def sum_of(m: jax.Array, v: jax.Array) -> jax.Array:
+            # A number that is not finite starts anew. The rule compares with none in its own step.
+            return reference.decay * jnp.where(jnp.isfinite(m), m, 0) + v.astype(m.dtype)
+
+        return jax.tree.map(sum_of, average, tree)
 
     older = jnp.where(state.age < 0, state.age, optax.safe_increment(state.age))
     if isinstance(is_new, bool):

@@ -98,6 +98,10 @@ def dtnh(
     performs about the same as the weighted sum; for a rule that limits harm, see
     [`dtnh_sgd`][dtnh_jax.dtnh_sgd].
 
+    Where a gradient of a group is not finite, or too large for its square, nothing can be compared:
+    the regularizer is left out of that group in that step, which
+    [`conflict_stats`][dtnh_jax.conflict_stats] counts.
+
     The result is an Optax transformation that turns a pair of gradients into one direction. Put it
     first in `optax.chain`. Its `update` takes the pair,
     `tx.update((loss_grads, reg_grads), state, params)`, or the two separately,
@@ -107,8 +111,8 @@ def dtnh(
     inner product.
 
     Args:
-        reg_weight: $\lambda \ge 0$, a number or an Optax schedule of the step. It multiplies after
-            the projection. A sequence of them for several regularizers: `reg_grads` is then a
+        reg_weight: $\lambda \ge 0$, a finite number or an Optax schedule of the step. It multiplies
+            after the projection. A sequence of them for several regularizers: `reg_grads` is then a
             sequence of as many trees, each compared with the reference on its own.
         on_conflict: What to do with $b$ where $\langle a,b\rangle < 0$. `"project"`, the default:
             remove the component along $a$, as above. `"gate"`: drop $b$ in that group. `"cosine"`:
@@ -118,7 +122,7 @@ def dtnh(
             `"element"`, `"project"`, `"gate"` and `"cosine"` are the same.
         max_ratio: $\kappa \ge 0$: shortens what the regularizer adds to a group where it is longer
             than $\kappa\lVert a\rVert$, so that $\lVert d - a\rVert \le \kappa\lVert a\rVert$ for
-            every $\lambda$. `None`: no bound, as in the paper.
+            every $\lambda$. Several regularizers share it. `None`: no bound, as in the paper.
         scope: Which leaves form one vector. `"global"`: all that the regularizer reaches.
             `"layer"`: those under one parent in the tree, such as kernel and bias of a layer.
             `"leaf"`: each array. `"element"`: each number (a complex number is a vector of two).
@@ -148,9 +152,9 @@ def dtnh(
         dtypes of `loss_grads`. Inner products are computed in float32, or wider if a leaf is.
 
     Raises:
-        ValueError: If `reg_weight` or `max_ratio` is negative or NaN, `scope` or `on_conflict` is
-            unknown, or they do not go together; at `update`, if trees or shapes do not match, or
-            the state was made for other params.
+        ValueError: If `reg_weight` is negative or not finite, `max_ratio` is negative or NaN,
+            `scope` or `on_conflict` is unknown, or they do not go together; at `update`, if trees
+            or shapes do not match, or the state was made for other params.
         TypeError: If an argument has the wrong type; at `update`, if one tree comes where a pair is
             expected, `reg_grads` comes twice, or a leaf is an integer.
 
@@ -209,7 +213,8 @@ def weighted_sum(
     $$d = a + \lambda\, b$$
 
     This is the gradient of $L + \lambda\,\Omega$: regularized transfer without a rule. It is called
-    as [`dtnh`][dtnh_jax.dtnh] is, so that a training loop changes method by changing a name.
+    as [`dtnh`][dtnh_jax.dtnh] is, so that a training loop changes method by changing a name. It is
+    the sum also where that is not finite.
 
     Args:
         reg_weight: $\lambda \ge 0$, a number or an Optax schedule of the step, or a sequence of

@@ -1,26 +1,32 @@
 """What a rule remembers of each group's conflict, and how to read it back."""
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dtnh_jax._geometry import real_product, scaled, total
+from dtnh_jax._layout import unique
 from dtnh_jax._numerics import ratio
 from dtnh_jax.weightings import Geometry, Weights
 
 
 class Measurement(NamedTuple):
-    """The numbers that the diagnostics are made from, arrays of shape ``(groups,)``."""
+    """The numbers that the diagnostics are made from, arrays of shape ``(groups,)``.
+
+    All are of the last step but ``not_finite``, which counts steps.
+    """
 
     ref_norm: jax.Array
     reg_norm: jax.Array
     cosine: jax.Array
     removed: jax.Array
+    reached: jax.Array
+    not_finite: jax.Array
 
 
 class PairState(NamedTuple):
@@ -80,6 +86,11 @@ class ConflictStats:
     Attributes:
         per_group: Arrays of shape ``(groups,)``.
         total: Scalars: all groups as one vector.
+        reached: Whether the regularizer was compared in the group in the last step, bools of shape
+            ``(groups,)``: false where ``reg_grads`` is ``None``, or a gradient is not finite.
+        not_finite: In how many steps so far a gradient of the group was not finite, or too large
+            for its square, ``int32`` of shape ``(groups,)``. In these steps every rule but
+            ``weighted_sum`` leaves the regularizer out of the group.
         groups: The names of the groups, in the order of ``per_group``.
 
     Examples:
@@ -91,6 +102,8 @@ class ConflictStats:
 
     per_group: Conflict
     total: Conflict
+    reached: jax.Array
+    not_finite: jax.Array
     groups: tuple[str, ...] = field(metadata={"static": True})
 
 
@@ -105,8 +118,8 @@ def conflict_stats(opt_state: Any) -> ConflictStats:
 
     It only reads the state: the rule computes these numbers from inner products that it needs
     anyway. In scope ``"element"`` the groups are the leaves. With another reference than the batch,
-    ``a`` is that reference. A group that the regularizer does not reach reads zero; with a ``mask``
-    it is not listed.
+    ``a`` is that reference. A group that the regularizer does not reach reads zero, and is not
+    ``reached``; with a ``mask`` it is not listed.
 
     Args:
         opt_state: The state of a rule of this package, or any nesting of optax states that
@@ -165,19 +178,37 @@ def conflict_stats(opt_state: Any) -> ConflictStats:
     return ConflictStats(
         per_group=Conflict(joined.cosine, joined.cosine < 0, joined.removed),
         total=_total(joined),
-        groups=_unique([name for state in states for name in state.groups]),
+        reached=joined.reached,
+        not_finite=joined.not_finite,
+        groups=unique([name for state in states for name in state.groups]),
     )
 
 
 def no_measurement(n_rows: int, dtype: Any) -> Measurement:
     """The measurement before the first step."""
-    return Measurement(*(jnp.zeros(n_rows, dtype) for _ in Measurement._fields))
+    numbers = [jnp.zeros(n_rows, dtype)] * 4
+    return Measurement(*numbers, jnp.zeros(n_rows, bool), jnp.zeros(n_rows, jnp.int32))
 
 
-def measure(geometry: Geometry, removed: jax.Array) -> Measurement:
-    """The measurement of each group, from numbers that the rule has computed anyway."""
+def measure(
+    geometry: Geometry, removed: jax.Array, reached: np.ndarray, before: Measurement
+) -> Measurement:
+    """The measurement of each group, from numbers that the rule has computed anyway.
+
+    Args:
+        geometry: Of all groups, as arrays.
+        removed: As in :class:`Conflict`.
+        reached: Whether the regularizer has a gradient in the group.
+        before: The measurement of the step before, whose dtypes it keeps: a scan carries it.
+    """
+    finite = jnp.isfinite(geometry.along)
     cos = jnp.clip(ratio(geometry.along, geometry.reg_norm), -1, 1)
-    return Measurement(geometry.ref_norm, geometry.reg_norm, cos, removed)
+    found = (geometry.ref_norm, geometry.reg_norm, cos, removed)
+    numbers = [
+        jnp.where(finite, x, 0).astype(old.dtype) for x, old in zip(found, before[:4], strict=True)
+    ]
+    not_finite = before.not_finite + (~finite).astype(jnp.int32)
+    return Measurement(*numbers, reached=finite & reached, not_finite=not_finite)
 
 
 def removed_share(geometry: Geometry, weights: Weights, reg_weight: jax.Array) -> jax.Array:
@@ -226,12 +257,3 @@ def _total(each: Measurement) -> Conflict:
 
 def _relative(norms: jax.Array) -> jax.Array:
     return ratio(norms, jnp.max(norms, axis=-1, keepdims=True, initial=0))
-
-
-def _unique(names: list[str]) -> tuple[str, ...]:
-    seen: Counter[str] = Counter()
-    unique = []
-    for name in names:
-        seen[name] += 1
-        unique.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
-    return tuple(unique)

@@ -4,10 +4,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from dtnh_jax._combine import as_trees
 from dtnh_jax._layout import Layout, Mask, lay_out
+from dtnh_jax._numerics import widened
 from dtnh_jax._pair import GradientPair, takes_pairs
 from dtnh_jax._tree import PyTree
 
@@ -35,6 +37,11 @@ def transform_pair(
 
     $$(a, b) \;\mapsto\; \bigl(\text{loss}(a),\ \text{reg}(b)\bigr)$$
 
+    Both gradients are transformed in float32, or wider where `loss_grads` are, and so are the
+    states and what is returned: a momentum in half precision would lose small gradients, and in
+    float16 overflow. A number of the state of `reg` that is not finite starts anew in the next
+    step; in its own step the rule leaves the regularizer out.
+
     It stands before a rule in a chain. With `optax.trace(0.9)` for both, the rule compares momenta
     in place of the gradients of one batch, which is what [`dtnh_sgd`][dtnh_jax.dtnh_sgd] does. With
     `optax.clip_by_global_norm(1.0)` for both, each gradient is clipped by its own norm.
@@ -51,7 +58,7 @@ def transform_pair(
     Returns:
         An `optax.GradientTransformationExtraArgs` that takes a pair in both call styles and returns
         a [`GradientPair`][dtnh_jax.GradientPair] with the structure, shapes and dtypes that the
-        transformations give.
+        transformations give, of float32 or wider input.
 
     Raises:
         ValueError: At `update`, if `reg_grads` or `mask` does not have the structure of
@@ -85,6 +92,7 @@ def transform_pair(
     n_trees = 1 if n_regularizers is None else n_regularizers
 
     def init(params: PyTree) -> Any:
+        params = jax.tree.map(_wide, params)
         layout = lay_out(params, "global", mask)
         reached = layout.only_reached(layout.leaves)
         states = tuple(of_reg.init(reached) for _ in range(n_trees))
@@ -95,19 +103,21 @@ def transform_pair(
     def update(
         pair: GradientPair, state: Any, params: PyTree | None, **extra_args: Any
     ) -> tuple[PyTree, Any]:
-        loss_grads, reg_grads = pair
+        reg_grads = pair.reg_grads
+        loss_grads = jax.tree.map(_wide, pair.loss_grads)
         layout = lay_out(loss_grads, "global", mask)
         reached = None
         if params is not None:
+            params = jax.tree.map(_wide, params)
             leaves = layout.over(params, loss_grads, what="params", over="loss_grads")
             reached = layout.only_reached(leaves)
         loss_grads, loss_state = of_loss.update(loss_grads, state.loss, params, **extra_args)
 
         def transformed(tree: PyTree, reg_state: Any) -> tuple[PyTree, Any]:
             entries = layout.over(tree, pair.loss_grads, what="reg_grads", over="loss_grads")
-            tree, reg_state = of_reg.update(
-                _filled(layout, entries), reg_state, reached, **extra_args
-            )
+            filled = _filled(layout, entries)
+            reg_state = _restarted(reg_state, of_reg.init(filled if reached is None else reached))
+            tree, reg_state = of_reg.update(filled, reg_state, reached, **extra_args)
             made = iter(jax.tree.leaves(tree))
             leaves = [None if row is None else next(made) for row in layout.rows]
             kept = [None if b is None else x for b, x in zip(entries, leaves, strict=True)]
@@ -126,7 +136,35 @@ def transform_pair(
 
 def _filled(layout: Layout, entries: list[Any]) -> PyTree:
     """A tree with a leaf for each leaf in a group: zeros where the regularizer has none."""
-    # The state has a place for each of them.
+    # The state has a place for each of them, in the dtypes of the loss gradients.
     return layout.only_reached(
-        [jnp.zeros_like(a) if b is None else b for a, b in zip(layout.leaves, entries, strict=True)]
+        [
+            jnp.zeros_like(a) if b is None else _in_width_of(a, jnp.asarray(b))
+            for a, b in zip(layout.leaves, entries, strict=True)
+        ]
     )
+
+
+def _wide(x: Any) -> Any:
+    """``x`` in float32 where it is narrower."""
+    dtype = getattr(x, "dtype", None)
+    is_narrow = dtype is not None and jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
+    return jnp.asarray(x).astype(jnp.float32) if is_narrow else x
+
+
+def _in_width_of(a: Any, b: Any) -> Any:
+    """``b`` in the width of ``a``, both wide."""
+    if not jnp.issubdtype(jnp.result_type(b), jnp.inexact) or jnp.result_type(a) == b.dtype:
+        return b
+    return widened(jnp.asarray(b), np.dtype(jnp.finfo(jnp.result_type(a)).dtype))
+
+
+def _restarted(state: Any, start: Any) -> Any:
+    """``state`` with the numbers of ``start`` where it is not finite."""
+
+    def number(now: Any, then: Any) -> Any:
+        if not jnp.issubdtype(jnp.result_type(now), jnp.inexact):
+            return now
+        return jnp.where(jnp.isfinite(now), now, jnp.asarray(then).astype(jnp.result_type(now)))
+
+    return jax.tree.map(number, state, start)

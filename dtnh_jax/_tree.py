@@ -20,6 +20,12 @@ def is_array(node: Any) -> bool:
     return isinstance(node, jax.Array | np.ndarray | np.generic | int | float | complex)
 
 
+def is_function(node: Any) -> bool:
+    """Whether ``node`` is to be called. A tree is a tree, also where it happens to be callable."""
+    is_leaf = jax.tree_util.all_leaves([node]) or isinstance(node, functools.partial)
+    return callable(node) and is_leaf
+
+
 def leaves_of(tree: PyTree) -> list[Any]:
     """The leaves of ``tree`` in order, absent ones included."""
     return jax.tree.leaves(tree, is_leaf=is_absent)

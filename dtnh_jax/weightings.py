@@ -50,7 +50,8 @@ class Geometry(NamedTuple):
         ref_norm: `‖r‖`.
         reg_norm: `‖b‖`.
         along: `⟨r̂, b⟩`, the component of `b` along the reference; 0 where `r = 0`. Negative means
-            conflict.
+            conflict. NaN where `r` or `b` is not finite, or too large for its square: the
+            regularizer is then left out, whatever the weights are.
 
     Examples:
         >>> from dtnh_jax.weightings import Geometry
@@ -248,14 +249,27 @@ def bounded(weights: Weights, geometry: Geometry, limit: jax.Array) -> Weights:
     References:
         A bound by the ratio of two gradients' norms: He et al., *MetaBalance*, WWW 2022.
     """
+    length = added_length(weights, geometry)
+    length = jnp.where(jnp.isfinite(length), length, jnp.inf)
+    kept = jnp.where(length > limit, ratio(limit, length), 1)
+    # If only one of two numbers underflowed, the other would be left alone.
+    is_lost = jnp.abs(kept * weights.reg) < jnp.finfo(kept.dtype).tiny
+    kept = jnp.where(is_lost & (weights.reg != 0), 0, kept)
+    # A norm that is too small to be told from 0 is no bound on b.
+    reg = jnp.where(geometry.reg_norm > 0, kept * weights.reg, 0)
+    return Weights(kept * weights.ref, reg)
+
+
+def added_length(weights: Weights, geometry: Geometry) -> jax.Array:
+    """``‖d - a‖``, or a little more where its two parts nearly cancel."""
     # Relative to the larger part, so that nothing is squared that could overflow.
     ref, reg = jnp.abs(weights.ref), jnp.abs(weights.reg) * geometry.reg_norm
     largest = jnp.maximum(ref, reg)
     cos = ratio(geometry.along, geometry.reg_norm) * jnp.sign(weights.ref) * jnp.sign(weights.reg)
+    # What is left of two parts that cancel is not known better than they are rounded.
+    cos = cos + 8 * jnp.finfo(cos.dtype).eps
     ref, reg = ratio(ref, largest), ratio(reg, largest)
-    length = largest * jnp.sqrt(jnp.maximum(ref**2 + 2 * cos * ref * reg + reg**2, 0))
-    kept = jnp.where(length > limit, ratio(limit, length), 1)
-    return Weights(kept * weights.ref, kept * weights.reg)
+    return largest * jnp.sqrt(jnp.maximum(ref**2 + 2 * cos * ref * reg + reg**2, 0))
 
 
 def dynamic_barrier(geometry: Geometry, reg_weight: jax.Array) -> Weights:

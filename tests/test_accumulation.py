@@ -131,3 +131,40 @@ def test_leaves_that_are_frozen_stay_out():
         wanted, whole_state = tx.update((a, b), whole_state, whole)
     assert updates["dense"] is None
     assert relative_error(updates, {**wanted, "dense": None}) <= 1e-6
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_gradient_that_the_last_micro_batch_lacks_waits(scale):
+    tx = dtnh_jax.accumulate_pairs(dtnh_jax.weighted_sum(1.0), 2)
+    params = {"v": jnp.zeros(1), "w": jnp.zeros(1)}
+    a, ones = params, jax.tree.map(lambda x: x + scale, params)
+    state, found = tx.init(params), []
+    for b in (ones, {**ones, "w": None}, None, ones, ones, ones):
+        updates, state = tx.update((a, b), state, params)
+        found.append({name: float(x[0]) for name, x in updates.items()})
+    # In all, three steps with the five of v and the four of w that came.
+    wanted = [{"v": 1.0, "w": 0.0}, {"v": 0.5, "w": 1.0}, {"v": 1.0, "w": 1.0}]
+    assert found[1::2] == [{name: scale * x for name, x in each.items()} for each in wanted]
+    assert not any(np.any(x) for x in jax.tree.leaves(state.sums))
+
+
+def test_other_arguments_reach_the_optimizer():
+    inner = optax.chain(dtnh_jax.dtnh(0.5), optax.polyak_sgd(1.0))
+    tx = dtnh_jax.accumulate_pairs(inner, 1)
+    pair, params = (jnp.ones(2), jnp.ones(2)), jnp.ones(2)
+    got, _ = tx.update(pair, tx.init(params), params, value=1.0)
+    wanted, _ = inner.update(pair, inner.init(params), params, value=1.0)
+    np.testing.assert_allclose(got, wanted)
+
+
+def test_sums_keep_their_dtype_in_a_scan():
+    params, grads = jnp.ones(2, jnp.bfloat16), jnp.ones(2, jnp.float32)
+    for dtype in (None, jnp.bfloat16):
+        tx = dtnh_jax.accumulate_pairs(dtnh_jax.dtnh(0.5), 2, accumulator_dtype=dtype)
+        state, _ = jax.lax.scan(
+            lambda state, _, tx=tx: (tx.update((grads, grads), state, params)[1], None),
+            tx.init(params),
+            None,
+            2,
+        )
+        assert state.sums.reg_grads.dtype == (jnp.float32 if dtype is None else dtype)

@@ -183,3 +183,22 @@ def test_add_l2_sp_errors():
         ValueError, match=r"pretrained must have the shapes of params.*'block/conv/bias'"
     ):
         tx.update(params, tx.init(params), params)
+
+
+def test_other_arguments_reach_the_optimizer():
+    optimizer = optax.polyak_sgd(1.0)
+    params = jnp.ones(2)
+    tx = dtnh_jax.decoupled(optimizer, 0.0, learning_rate=0.1)
+    got, _ = tx.update((params, params), tx.init(params), params, value=0.5)
+    wanted, _ = optimizer.update(params, optimizer.init(params), params, value=0.5)
+    np.testing.assert_allclose(got, wanted)
+
+
+def test_what_the_optimizer_freezes_a_mask_freezes_too():
+    params = {"back": jnp.ones(1), "front": jnp.ones(1)}
+    kinds = {"back": "trained", "front": "frozen"}
+    optimizer = optax.partition({"trained": optax.sgd(0.1), "frozen": optax.set_to_zero()}, kinds)
+    mask = {"back": True, "front": False}
+    tx = dtnh_jax.decoupled(optimizer, 1.0, learning_rate=0.1, mask=mask)
+    updates, _ = tx.update((params, params), tx.init(params), params)
+    np.testing.assert_allclose([updates["back"][0], updates["front"][0]], [-0.2, 0.0])

@@ -38,8 +38,9 @@ def test_unknown_on_conflict():
 def test_unknown_scope():
     with pytest.raises(ValueError, match=r"'global', 'layer', 'leaf', 'element'.*got 'layers'"):
         dtnh_jax.dtnh(0.1, scope="layers")
-    with pytest.raises(TypeError, match=r"a tree of labels.*got None"):
-        dtnh_jax.dtnh(0.1, scope=None)
+    for scope in (None, True, 1, 0.5):
+        with pytest.raises(TypeError, match=rf"a tree of labels.*got {scope}"):
+            dtnh_jax.dtnh(0.1, scope=scope)
 
 
 @pytest.mark.parametrize("updates", [A, [A, B], (A,), (A, B, B), {"loss_grads": A}])
@@ -209,3 +210,16 @@ def test_a_mask_has_nothing_where_params_have_nothing():
     mask = jax.tree.map(lambda _: True, params)
     state = dtnh_jax.dtnh(0.1, scope="leaf", mask=mask).init(params)
     assert state.groups.keys() == dtnh_jax.dtnh(0.1, scope="leaf").init(params).groups.keys()
+
+
+def test_no_regularizer_gradient_at_all_in_both_styles():
+    """None says that it reaches nothing, which is another thing than to say nothing."""
+    for kwargs in ({}, {"reg_grads": None}):
+        direction, state = update((A, None) if not kwargs else A, **kwargs)
+        for x, y in zip(*map(jax.tree.leaves, (direction, A)), strict=True):
+            np.testing.assert_array_equal(x, y)
+        assert not dtnh_jax.conflict_stats(state).reached.any()
+    both, _ = update((A, B), reg_grads=None)
+    wanted, _ = update((A, B))
+    for x, y in zip(*map(jax.tree.leaves, (both, wanted)), strict=True):
+        np.testing.assert_array_equal(x, y)

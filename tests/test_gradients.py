@@ -175,3 +175,27 @@ def test_wrong_results(result, has_aux, message):
 def test_params_by_keyword():
     with pytest.raises(TypeError, match="Pass params by position"):
         dtnh_jax.value_and_gradient_pair(lambda w: (w, w))(w=jnp.ones(()))
+
+
+def test_the_last_argument_by_a_negative_number():
+    def fun(x, w):
+        return jnp.sum(x * w), jnp.sum(w**2)
+
+    x, w = jnp.ones(2), jnp.array([2.0, 3.0])
+    for argnums in (-1, (-1,)):
+        _, pair = dtnh_jax.value_and_gradient_pair(fun, argnums=argnums)(x, w)
+        np.testing.assert_allclose(jax.tree.leaves(pair.reg_grads)[0], 2 * w)
+    with pytest.raises(TypeError, match="argument -3, but the function was called with 2"):
+        dtnh_jax.value_and_gradient_pair(fun, argnums=-3)(x, w)
+
+
+@pytest.mark.parametrize("argnums", [0, (0, 1)])
+def test_integers_have_no_gradient(argnums):
+    params = {"w": jnp.ones(2), "n": jnp.arange(2)}
+    name = "n" if argnums == 0 else "0/n"
+
+    def fun(params, other):
+        return jnp.sum(params["w"] * other), jnp.sum(params["w"] ** 2)
+
+    with pytest.raises(TypeError, match=f"got int32 at '{name}'.*another argument"):
+        dtnh_jax.value_and_gradient_pair(fun, argnums=argnums)(params, jnp.ones(2))

@@ -318,3 +318,14 @@ def test_an_update_is_few_calls_in_few_files(name, most):
     found = calls.count(calls.RULES[name])
     assert found.calls <= most[0]
     assert found.changes_of_file <= most[1]
+
+
+def test_both_transformations_see_the_params():
+    decay = optax.add_decayed_weights(0.5)
+    tx = dtnh_jax.transform_pair(loss=decay, reg=decay, mask={"v": True, "w": False})
+    params = {"v": jnp.full(2, 4.0), "w": jnp.full(2, 6.0)}
+    ones = jax.tree.map(jnp.ones_like, params)
+    pair, _ = tx.update((ones, ones), tx.init(params), params)
+    np.testing.assert_array_equal(pair.loss_grads["w"], 4.0)
+    np.testing.assert_array_equal(pair.reg_grads["v"], 3.0)
+    assert pair.reg_grads["w"] is None

@@ -288,6 +288,17 @@ def test_bss_at_repeated_singular_values(features, k):
     np.testing.assert_allclose(np.sum(np.square(grad)), 4 * value, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.parametrize("condition", [1e2, 1e3, 3e3])
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16)])
+def test_bss_of_an_ill_conditioned_batch(shape, condition):
+    """It drives the smallest singular value down: float32 must do for what comes of that."""
+    features = conditioned(shape, np.geomspace(1, 1 / condition, 16))
+    value, grad = jax.value_and_grad(regularizers.batch_spectral_shrinkage)(features)
+    u, s, vt = np.linalg.svd(wide(features), full_matrices=False)
+    np.testing.assert_allclose(value, s[-1] ** 2, rtol=1e-3)
+    assert relative_error(grad, 2 * s[-1] * np.outer(u[:, -1], vt[-1])) <= 1e-3
+
+
 def test_bss_second_derivative_is_with_fixed_vectors():
     features = conditioned((4, 5), [4.0, 3.0, 2.0, 1.0])
     direction = random_tree(1, shapes=(4, 5))

@@ -219,3 +219,18 @@ def test_co_tuning_bad_input():
     with pytest.raises(ValueError, match=r"\(n, source classes\); got \(1, 8, 6\)"):
         regularizers.co_tuning_relationship(Z[None], LABELS[None], 3)
     assert np.isnan(regularizers.co_tuning(Z, LABELS + 1, rows))
+
+
+@pytest.mark.parametrize("label", [-4, -3, -2, -1, 3, 100])
+def test_a_label_out_of_range_is_no_class(label):
+    """-1 is what others take for "ignore", and NumPy for the last."""
+    labels = np.where(np.arange(len(LABELS)) == 0, label, LABELS)
+    assert np.isnan(regularizers.co_tuning(Z, labels, relationship()))
+    np.testing.assert_allclose(
+        regularizers.co_tuning_relationship(Z, labels, 3),
+        regularizers.co_tuning_relationship(Z[1:], LABELS[1:], 3),
+        rtol=1e-6,
+    )
+    params = jnp.ones((6, 3))
+    fisher = regularizers.fisher_diagonal(lambda params, x: x @ params, params, [(Z, labels)])
+    assert np.isnan(fisher).all()

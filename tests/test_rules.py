@@ -494,3 +494,27 @@ def test_several_regularizers_errors():
         dtnh_jax.dtnh([0.1, -0.2])
     with pytest.raises(ValueError, match=r"c must be in \[0, 1\)"):
         dtnh_jax.cagrad(0.1, c=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "a", "b", "wanted"),
+    [
+        ("dtnh", {"on_conflict": "gate"}, [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]),  # at exactly 0
+        ("dtnh", {"on_conflict": "cosine"}, [0.0, 0.0], [1.0, 1.0], [1.0, 1.0]),  # no cosine
+        ("dtnh", {"on_conflict": "orthogonal", "max_ratio": 1.0}, [1.0, 0.0], [5.0, 0.5], [1, 0.5]),
+        ("dynamic_barrier", {"scope": "element"}, [5.0], [3.0], [5.0]),
+        ("agem", {"scope": "element"}, [5.0], [-3.0], [2.0]),
+        ("mgda", {}, [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]),
+    ],
+)
+def test_values_at_the_edges(name, choices, a, b, wanted):
+    got, _ = direction_of(rule(name, 1.0, **choices), np.float32(a), np.float32(b))
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pcgrad", "config"])
+def test_a_weight_of_zero_divides_by_no_regularizer(name):
+    """What multiplies b is 0, and not a quotient with the weight left out."""
+    geometry = dtnh_jax.weightings.Geometry(*jnp.float32([1.0, 2.0, -1.0]))
+    weights = getattr(dtnh_jax.weightings, name)(geometry, jnp.float32(0.0))
+    assert weights.reg == 0

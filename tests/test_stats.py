@@ -160,3 +160,46 @@ def test_unreached_group_reads_zero():
     stats = dtnh_jax.conflict_stats(state)
     row = stats.groups.index("dense")
     assert [float(value[row]) for value in stats.per_group] == [0, 0, 0]
+
+
+def test_a_mean_over_what_is_reached_counts_no_head():
+    """The one layer that is regularized is in full conflict."""
+    a = {"backbone": {"w": jnp.ones(2)}, "head": {"w": jnp.ones(2)}}
+    b = {"backbone": {"w": -jnp.ones(2)}, "head": None}
+    tx = dtnh_jax.dtnh(0.5, scope="layer")
+    stats = dtnh_jax.conflict_stats(tx.init(a))
+    assert stats.reached.tolist() == [False, False]
+    _, state = tx.update((a, b), tx.init(a))
+    stats = dtnh_jax.conflict_stats(state)
+    assert stats.groups == ("backbone", "head")
+    assert stats.reached.tolist() == [True, False]
+    assert float(jnp.mean(stats.per_group.conflict, where=stats.reached)) == 1
+
+
+def test_not_finite_counts_steps_and_the_others_read_on():
+    tx = dtnh_jax.dtnh(0.5, scope="leaf")
+    a = {"v": jnp.ones(2), "w": jnp.ones(2)}
+    state = tx.init(a)
+    for bad in (jnp.nan, 1.0, jnp.inf):
+        _, state = tx.update((a, {"v": jnp.ones(2), "w": jnp.array([bad, 1.0])}), state)
+    stats = dtnh_jax.conflict_stats(state)
+    assert stats.not_finite.tolist() == [0, 2]
+    np.testing.assert_allclose(stats.total.cosine, 1 / np.sqrt(1), rtol=1e-6)
+
+
+@pytest.mark.usefixtures("x64")
+def test_measurements_are_as_wide_as_params():
+    a, b = np.float64([1.0, 0.0]), np.float64([1e-9, 1.0])
+    _, state = direction_of(dtnh_jax.dtnh(0.5), a, b)
+    cosine = dtnh_jax.conflict_stats(state).total.cosine
+    assert cosine.dtype == np.float64
+    np.testing.assert_allclose(cosine, 1e-9, rtol=1e-9)
+
+
+def test_the_total_of_large_norms_is_finite():
+    a = {"v": jnp.full(2, 1e15), "w": jnp.full(2, 1e18)}
+    b = {"v": jnp.full(2, -1e18), "w": jnp.full(2, -1e15)}
+    _, state = direction_of(dtnh_jax.dtnh(0.5, scope="leaf"), a, b)
+    total = dtnh_jax.conflict_stats(state).total
+    np.testing.assert_allclose(total.cosine, -2e-3, rtol=1e-3)
+    np.testing.assert_allclose(total.removed, 1, rtol=1e-5)

@@ -386,3 +386,36 @@ def test_state_of_float32_params_stays_float32_under_float64_gradients():
     direction, after = tx.update((grads, grads), state)
     assert direction["w"].dtype == jnp.float64
     assert struct(after) == struct(state)
+
+
+def test_the_count_stops_at_its_largest_number():
+    tx = dtnh_jax.dtnh(0.5)
+    a = jnp.ones(2)
+    last = jnp.asarray(np.iinfo(np.int32).max, jnp.int32)
+    _, state = tx.update((a, a), tx.init(a)._replace(count=last))
+    assert state.count == last
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_reference_sees_the_params_of_the_leaves_that_are_reached():
+    """Were it given others, their trees would not match."""
+    reference = optax.chain(optax.add_decayed_weights(0.5), optax.trace(0.0))
+    tx = dtnh_jax.dtnh(1.0, reference=reference, mask={"v": True, "w": False})
+    a = {"v": jnp.array([1.0, 0.0]), "w": jnp.ones(2)}
+    b = {"v": jnp.array([0.0, -1.0]), "w": jnp.ones(2)}
+    params = {"v": jnp.array([-2.0, 2.0]), "w": jnp.ones(2)}
+    direction, _ = tx.update((a, b), tx.init(params), params)
+    # r = a + params / 2 = (0, 1), which takes all of b.
+    np.testing.assert_allclose(direction["v"], [1.0, 0.0], atol=1e-6)
+    np.testing.assert_array_equal(direction["w"], a["w"])
+
+
+def test_a_rule_on_one_part_takes_the_gradients_of_all():
+    params = {"a": jnp.ones(2), "b": {"v": jnp.ones(2), "w": jnp.ones(2)}}
+    tx = optax.partition(
+        {"rule": dtnh_jax.dtnh(0.5), "other": optax.sgd(0.1)}, {"a": "rule", "b": "other"}
+    )
+    for reg_grads in (params, params | {"b": jnp.ones(2)}, params | {"b": None}):
+        updates, _ = tx.update(params, tx.init(params), params, reg_grads=reg_grads)
+        np.testing.assert_allclose(updates["a"], 1.5)
+        np.testing.assert_allclose(updates["b"]["w"], -0.1)

@@ -196,7 +196,11 @@ def co_tuning(
             f"{rows.shape}."
         )
     dtype = compute_dtype(logits.dtype, rows.dtype)
-    targets = rows.astype(dtype).at[labels].get(mode="fill", fill_value=jnp.nan)
+    targets = (
+        rows.astype(dtype)
+        .at[labels]
+        .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    )
     return reduced(_cross_entropy(targets, jax.nn.log_softmax(logits.astype(dtype))), reduction)
 
 
