@@ -280,8 +280,8 @@ class _Combination(NamedTuple):
                 numbers = [element_geometry(part.r, part.b, dtype) for part in of_leaf]
                 of_rows = [lambdas[part.row] for part in of_leaf]
                 found = self.weights(numbers, of_rows, [jnp.abs(part.bound) for part in of_leaf])
-                for part, *one in zip(of_leaf, numbers, of_rows, found, strict=True):
-                    factors[part.row] = self.factors(*one)
+                for part, geometry, weights in zip(of_leaf, numbers, found, strict=True):
+                    factors[part.row] = self.factors(geometry, lambdas[part.row], weights)
             for _, r, b, _, row in of_leaf:
                 ref, reg = factors[row]
                 combine = element_change if self.by_element else change

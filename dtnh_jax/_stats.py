@@ -186,8 +186,9 @@ def conflict_stats(opt_state: Any) -> ConflictStats:
 
 def no_measurement(n_rows: int, dtype: Any) -> Measurement:
     """The measurement before the first step."""
-    numbers = [jnp.zeros(n_rows, dtype)] * 4
-    return Measurement(*numbers, jnp.zeros(n_rows, bool), jnp.zeros(n_rows, jnp.int32))
+    numbers = jnp.zeros(n_rows, dtype)
+    counts = jnp.zeros(n_rows, jnp.int32)
+    return Measurement(numbers, numbers, numbers, numbers, jnp.zeros(n_rows, bool), counts)
 
 
 def measure(

@@ -27,8 +27,6 @@ from examples.digits.rules import RULES
 TINY = Config(
     seeds=2, steps=6, source_steps=200, memorize_steps=60, evaluations=2, widths=(4, 4, 8)
 )
-    seeds=2, steps=6, source_steps=200, memorize_steps=60, evaluations=2, widths=(4, 4, 8)
-)
 SETTINGS = [("scratch", "plain"), *((source, method) for source in SOURCES for method in METHODS)]
 
 

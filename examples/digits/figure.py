@@ -21,7 +21,8 @@ LINES = {
 def draw(results: Results, cfg: Config) -> Figure:
     """Draws a panel for each source."""
     figure = Figure(figsize=(11, 5.4), layout="constrained")
-    for axes, source in zip(figure.subplots(1, len(SOURCES)), SOURCES, strict=True):
+    panels = figure.subplots(1, len(SOURCES))
+    for axes, source in zip(panels, SOURCES, strict=True):
         curve(axes, results.accuracies("scratch"), cfg, "from scratch", "0.5", ":", 2)
         for method, line in LINES.items():
             curve(axes, results.accuracies(source, method), cfg, *line)
@@ -31,7 +32,7 @@ def draw(results: Results, cfg: Config) -> Figure:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(
-        *axes.get_legend_handles_labels(),
+        *panels[0].get_legend_handles_labels(),
         title=f"mean and standard deviation over {cfg.seeds} seeds",
         loc="outside lower center",
         ncols=3,

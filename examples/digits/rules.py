@@ -11,24 +11,24 @@ import dtnh_jax
 Optimizer = optax.GradientTransformationExtraArgs
 
 
-def weighted_sum(learning_rate: ArrayLike, reg_weight: ArrayLike) -> Optimizer:
+def weighted_sum(learning_rate: optax.ScalarOrSchedule, reg_weight: ArrayLike) -> Optimizer:
     """The gradient of the loss plus the weighted gradient of the regularizer."""
     rule = dtnh_jax.weighted_sum(reg_weight, mask=not_the_head)
     return optax.chain(rule, optax.sgd(learning_rate, momentum=0.9))
 
 
-def dtnh(learning_rate: ArrayLike, reg_weight: ArrayLike) -> Optimizer:
+def dtnh(learning_rate: optax.ScalarOrSchedule, reg_weight: ArrayLike) -> Optimizer:
     """The paper's rule, layer by layer."""
     rule = dtnh_jax.dtnh(reg_weight, scope="layer", mask=not_the_head)
     return optax.chain(rule, optax.sgd(learning_rate, momentum=0.9))
 
 
-def dtnh_sgd(learning_rate: ArrayLike, reg_weight: ArrayLike) -> Optimizer:
+def dtnh_sgd(learning_rate: optax.ScalarOrSchedule, reg_weight: ArrayLike) -> Optimizer:
     """The library's preset."""
     return dtnh_jax.dtnh_sgd(learning_rate, reg_weight, mask=not_the_head)
 
 
-def bounded(learning_rate: ArrayLike, reg_weight: ArrayLike) -> Optimizer:
+def bounded(learning_rate: optax.ScalarOrSchedule, reg_weight: ArrayLike) -> Optimizer:
     """The preset without its gate, bounded by the largest momentum so far: for trial runs."""
     return dtnh_jax.dtnh_sgd(
         learning_rate,
@@ -40,7 +40,7 @@ def bounded(learning_rate: ArrayLike, reg_weight: ArrayLike) -> Optimizer:
     )
 
 
-RULES: Mapping[str, Callable[[ArrayLike, ArrayLike], Optimizer]] = {
+RULES: Mapping[str, Callable[[optax.ScalarOrSchedule, ArrayLike], Optimizer]] = {
     "weighted_sum": weighted_sum,
     "dtnh": dtnh,
     "dtnh_sgd": dtnh_sgd,

@@ -186,7 +186,7 @@ def training(
 def train_step(
     network: Network,
     opt_state: Any,
-    batch: Split,
+    batch: Any,
     pretrained: Any,
     reg_weight: jax.Array,
     learning_rate: jax.Array,
