@@ -150,7 +150,7 @@ def kept(studies: Sequence[pd.DataFrame], rules: Sequence[str], times: float = 1
         texts = []
         for rule in rules:
             found = select(at, rule=rule)["against_plain"]
-            share = f"{found.mean() / gain:.0%}".replace("-", "−")
+            share = f"{found.mean() / gain + 0:.0%}".replace("-0%", "0%").replace("-", "−")
             texts.append(f"{points(found.mean())} ({share})" if len(found) else "")
         if any(texts):
             per_class = sums["images_per_class"].iloc[0]
