@@ -521,7 +521,7 @@ def test_a_worker_that_fails_is_reported(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runner, "_do", corrupt)
-        with pytest.raises(runner.WorkerError, match=r"a\.jpg cannot be decoded") as caught:
+        with pytest.raises(runner.WorkerError, match=r"a\.jpg cannot be read") as caught:
             runner._finish(bad, places, 1)
     assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
 
