@@ -90,8 +90,9 @@ def make_tables(studies: Mapping[str, pd.DataFrame]) -> dict[str, Rows]:
         made[f"{name}-chosen-strength"] = tables.chosen_strength(cells)
         # Results of older versions lack what follows.
         for metric in analysis.OTHER_METRICS:
-            if cells[metric].notna().any():
-                table = tables.by_regularizer(cells, f"{metric}_against_plain")
+            difference = f"{metric}_against_plain"
+            if cells[difference].notna().any():
+                table = tables.by_regularizer(cells, difference)
                 made[f"{name}-{metric.replace('_', '-')}"] = table
         if cells["length_ratio"].map(len).any():
             made[f"{name}-length-ratios"] = tables.length_ratios(cells)
