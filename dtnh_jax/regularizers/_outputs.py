@@ -198,8 +198,9 @@ def co_tuning(
     dtype = compute_dtype(logits.dtype, rows.dtype)
     targets = (
         rows.astype(dtype)
-        .at[labels]
-        .get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        # Out of range, since a negative index counts from the end.
+        .at[jnp.where(labels < 0, len(rows), labels.astype(jnp.int32))]
+        .get(mode="fill", fill_value=jnp.nan)
     )
     return reduced(_cross_entropy(targets, jax.nn.log_softmax(logits.astype(dtype))), reduction)
 
