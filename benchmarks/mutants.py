@@ -250,7 +250,12 @@ MUTANTS = [
         "p * log_q",
         "regularizers_outputs",
     ),
-    Mutant("regularizers/_outputs", ", wrap_negative_indices=False", "", "regularizers_outputs"),
+    Mutant(
+        "regularizers/_outputs",
+        "jnp.where(labels < 0, len(rows), labels.astype(jnp.int32))",
+        "labels",
+        "regularizers_outputs",
+    ),
     Mutant(
         "regularizers/_fisher",
         "(label >= 0) & (label < classes)",
