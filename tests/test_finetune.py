@@ -270,7 +270,7 @@ def test_held_out_images_go_on_where_they_were(directory, tmp_path, monkeypatch,
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(directory, whole, *more)
     printed = capsys.readouterr().out
-    assert printed.startswith("6 of 30 training images are held out."), printed
+    assert "6 of 30 training images are held out." in printed, printed
     assert stopped(directory, parts, monkeypatch, *more, before=6) == 143
     progress, _ = last_checkpoint(directory, parts, *more)
     assert (progress.step, progress.data) == (3, {"next_row": 48, "held_out": {"next_row": 32}})

@@ -564,6 +564,7 @@ def test_presets():
 
 def test_what_the_network_needs(directory, capsys):
     images = ["--dataset", str(directory / "images"), "--out", str(directory / "none")]
+    images += ["--image-size", "32"]
     assert main(images) == 1
     assert "--init timm/resnet50.a1_in1k" in capsys.readouterr().err
     assert main([*images, "--architecture", "cifar_resnet8"]) == 1
