@@ -117,6 +117,13 @@ def test_digits_trains_on_all_images_as_the_trials_say(better, monkeypatch):
     assert run.regularized == better
 
 
+def test_digits_sources_do_not_depend_on_the_settings_of_fine_tunings():
+    task = data.load(TINY, 0).source
+    other = dataclasses.replace(TINY, learning_rate=0.5, reg_weight=3.0, steps=9)
+    one, two = (train.pretrain("unfitting", task, 0, cfg, lambda: None) for cfg in (TINY, other))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
 def test_digits_holds_out_one_image_of_every_class():
     target = data.load(TINY, 0).target
     folds = [data.hold_out(target, fold) for fold in range(TINY.images_per_class)]

@@ -22,7 +22,7 @@ class Config:
     reg_weight: float = 1.0
     """λ, the weight of L2-SP."""
     learning_rate: float = 0.01
-    """Learning rate of SGD with momentum 0.9, at the start; it falls to 0 along a cosine."""
+    """Learning rate of a fine-tuning by SGD with momentum 0.9; it falls to 0 along a cosine."""
     steps: int = 600
     """Training steps of a fine-tuning; a trial run has a third of them."""
     source_steps: int = 600

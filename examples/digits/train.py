@@ -1,6 +1,7 @@
 """The experiment: sources, fine-tunings, trial runs, and the training loop of all of them."""
 
 import collections
+import dataclasses
 import functools
 import itertools
 import os
@@ -11,6 +12,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -24,6 +26,8 @@ from examples.digits.config import Config
 from examples.digits.data import Split
 from examples.digits.results import METHODS, SOURCES, FineTuning, Results
 from examples.digits.rules import RULES
+
+SOURCE_LEARNING_RATE = 0.01
 
 
 def run(cfg: Config) -> Results:
@@ -116,7 +120,8 @@ class Start(NamedTuple):
 def pretrain(
     name: str, task: Split, seed: int, cfg: Config, advance: Callable[[], None]
 ) -> Network:
-    """Trains a source network."""
+    """Trains a source network, the same for every learning rate of the fine-tunings."""
+    cfg = dataclasses.replace(cfg, learning_rate=SOURCE_LEARNING_RATE)
     new = models.init(cfg.widths, 2 * seed + 1)
     steps = cfg.source_steps if name == "fitting" else cfg.memorize_steps
     start = Start(name, new, new.params, seed, advance)
@@ -163,7 +168,8 @@ def training(
 ) -> Iterator[Network]:
     """Trains; yields after each step."""
     network, opt_state = start.network, RULES[rule](0.0, reg_weight).init(start.network.params)
-    rates = np.asarray(optax.cosine_decay_schedule(cfg.learning_rate, steps)(np.arange(steps)))
+    counts = np.arange(steps, dtype=np.float32)
+    rates = np.asarray(optax.cosine_decay_schedule(cfg.learning_rate, steps)(counts))
     rng = np.random.default_rng(start.seed)
     batches = draw_batches(len(split.labels), cfg.batch_size, steps, rng)
     for indices, rate in zip(batches, rates, strict=True):
@@ -186,7 +192,7 @@ def training(
 def train_step(
     network: Network,
     opt_state: Any,
-    batch: Any,
+    batch: Split,
     pretrained: Any,
     reg_weight: jax.Array,
     learning_rate: jax.Array,
@@ -200,7 +206,8 @@ def train_step(
     def objective(params: Any) -> Any:
         model = models.build(Network(params, network.batch_stats), widths)
         model.train()
-        losses = optax.softmax_cross_entropy_with_integer_labels(model(batch.images), batch.labels)
+        logits = model(jnp.asarray(batch.images))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         reg = regularizers.l2_sp(params, pretrained | {"head": None})
         return (losses.mean(), reg), models.batch_stats(model)
 
