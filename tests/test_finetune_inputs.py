@@ -12,11 +12,11 @@ import jax
 import needs
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 needs.examples()
 
 import tiny_finetune
+from safetensors.numpy import load_file, save_file
 
 from examples.common import data, objective
 from examples.finetune import display, source
