@@ -5,7 +5,7 @@ and its differences from the runs that it is compared with. All functions take s
 part of it, and the name of the column of differences.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -30,6 +30,13 @@ TAIL = (1 - LEVEL) / 2
 OTHER_METRICS = ("shifted", "source_accuracy")
 """Accuracies besides that on the test images of the target."""
 
+NUMBERS: Mapping[str, Callable[[float], str]] = {
+    "held_out": lambda n: f"{n} held out",
+    "held_out_every": lambda n: f"every {n}",
+    "trial": lambda share: f"{share:.0%} of the steps",
+}
+"""Settings that are named where cells of one rule differ in them."""
+
 Choice = Literal["validation", "held_out"]
 """The images that a strength is chosen on."""
 
@@ -48,8 +55,8 @@ def frame(results: Iterable[Result]) -> pd.DataFrame:
     ``accuracy`` is that on test images, or on validation images if the cell has no test accuracy;
     it and all other accuracies are in percent, but for those on training and held-out images.
     ``kind`` is the kind of the source. ``rule`` also names the procedure, unless it is plain, and
-    the number of images held out, if the same rule was run with other numbers:
-    ``weighted_sum, lp_ft`` and ``weighted_sum, 2 held out``.
+    the `NUMBERS` in which the cells of a rule differ: ``weighted_sum, lp_ft`` and
+    ``weighted_sum, 2 held out``.
     """
     cells = pd.DataFrame([{**vars(each.cell), **vars(each)} for each in results])
     accuracy = cells["test"].astype(float).fillna(cells["validation"])
@@ -66,10 +73,12 @@ def _methods(cells: pd.DataFrame) -> pd.Series:
     is_plain = cells["procedure"] == Cell.procedure
     named = cells["rule"] + ", " + cells["procedure"]
     names = named.where(cells["rule"] != NONE, cells["procedure"]).mask(is_plain, cells["rule"])
-    numbers = cells["held_out"].groupby(names)
-    varies = numbers.transform("nunique") > 1
-    with_number = names + ", " + cells["held_out"].astype(str) + " held out"
-    return names.mask(varies & (cells["held_out"] > 0), with_number)
+    for column, text in NUMBERS.items():
+        numbers = cells[column]
+        varies = numbers.groupby(names).transform("nunique") > 1
+        with_number = names + ", " + numbers.map(text)
+        names = names.mask(varies & (numbers > 0), with_number)
+    return names
 
 
 def compare(cells: pd.DataFrame, metric: str = "accuracy") -> pd.DataFrame:

@@ -104,8 +104,9 @@ class Result:
             gradients, as the rule sees them, conflict; empty without a regularizer.
         removed: For each quarter of training the mean share of the regularizer's gradient that the
             rule removes, over all layers; None where it is not finite, after a divergence.
-        trial_losses: On the held-out images, after the trial run without the regularizer and after
-            the one with it; None without trial runs.
+        trial_losses: The losses on the held-out images, calibrated as in `common.calibration`,
+            after the trial run without the regularizer and after the one with it; None for one that
+            is not finite, and without trial runs.
         seconds: The time of training, without compilation of its steps.
         version: The version of the project that computed it; None in files of older versions.
         held_out_accuracy: On the images that are not trained on; None without any.
@@ -129,7 +130,7 @@ class Result:
     train_loss: float | None
     conflict: Mapping[str, list[float]] = field(default_factory=dict)
     removed: list[float | None] = field(default_factory=list)
-    trial_losses: list[float] | None = None
+    trial_losses: list[float | None] | None = None
     seconds: float = 0.0
     version: str | None = None
     held_out_accuracy: float | None = None

@@ -48,6 +48,8 @@ class Part:
     seeds: Sequence[int]
     held_out: int = 0
     """Training images per class that rules with a held-out reference do not train on."""
+    held_out_every: int = 1
+    """Steps from one held-out gradient to the next."""
     returned_at: float = 1.0
     """The share of training after which they are trained on, too."""
     trial: float = 0.0
@@ -123,6 +125,7 @@ class Grid:
                             rule=rule,
                             strength=strength,
                             held_out=part.held_out,
+                            held_out_every=part.held_out_every,
                             returned_at=part.returned_at,
                             trial=part.trial,
                             procedure=part.procedure,
@@ -264,6 +267,13 @@ GAINS_NOISE = Part(
     *(("tinyimagenet",), ("flowers17~0.4",), CONTAINED[:1]),
     *((SUMS[0], *SUMS[2:]), TENFOLD[1:], range(2)),
 )
+PUBLIC_56 = Part(
+    *(("cifar10_resnet56.safetensors",), ("cifar10",), CONTAINED[:1]),
+    *((SUMS[0], SUMS[3]), (10.0, 100.0), range(2)),
+)
+CHOICES = Part(
+    ("cifar10",), ("cifar10",), CONTAINED[:1], HELD_OUT[:1], (100.0,), range(3), held_out=5
+)
 HARM = Part(SOURCES, TARGETS, TRANSFER, (), (1.0, 100.0, 1000.0), range(3))
 
 GRIDS: Mapping[str, Grid] = {
@@ -367,6 +377,14 @@ GRIDS: Mapping[str, Grid] = {
         image_size=32,
         images_per_class={"cifar10": 5},
     ),
+    "gains_public_56": Grid(
+        [PUBLIC_56, with_trial_runs(PUBLIC_56, held_out=1)],
+        learning_rates=(0.01,),
+        tuned="each",
+        architecture="cifar_resnet56",
+        image_size=32,
+        images_per_class={"cifar10": 5},
+    ),
     # Harm to avoid: sources that do not suit the target, up to a thousand times the usual weight.
     "harm": Grid(
         [
@@ -398,6 +416,40 @@ GRIDS: Mapping[str, Grid] = {
                 ("gtsrb", "cifar10"),
             )
         ],
+    ),
+    # The lowest settings with trial runs, with new seeds.
+    "harm_again": Grid(
+        [
+            each
+            for source, target, regularizer in (
+                ("tinyimagenet", "caltech101", "l2_sp"),
+                ("gtsrb", "scene15", "distillation"),
+            )
+            for part in [
+                Part((source,), (target,), (regularizer,), SUMS[:1], (1000.0,), range(3, 11))
+            ]
+            for each in (part, with_trial_runs(part, held_out=3))
+        ],
+    ),
+    # How many images are held out, how often their gradient is computed, and over how many steps
+    # it is averaged; how long trial runs are. On validation images alone.
+    "held_out_choices": Grid(
+        [
+            replace(CHOICES, rules=SUMS[:1], held_out=0),
+            *(replace(CHOICES, held_out_every=every) for every in (4, 16)),
+            *(replace(CHOICES, held_out=n) for n in (1, 2, 5)),
+            replace(CHOICES, rules=("held_out_0.5", "held_out_0.99")),
+            *(
+                replace(with_trial_runs(CHOICES, held_out=n), trial=trial)
+                for n in (1, 2, 5)
+                for trial in (1 / 6, TRIAL, 1 / 2)
+            ),
+        ],
+        learning_rates=(0.01, 0.03),
+        tuned="each",
+        steps=300,
+        test=False,
+        images_per_class={"cifar10": 25},
     ),
     # What the parts of the held-out preset do, on validation images alone.
     "references": Grid(

@@ -159,6 +159,9 @@ RULES: Mapping[str, Callable[[Setting], Optimizer]] = {
     "held_out_project": held_out(scope="global", on_conflict="project"),
     "held_out_current": held_out(scope="global", bound_by="current"),
     "held_out_unbounded": held_out(scope="global", max_ratio=None, bound_by="current"),
+    # The same, with shorter and longer averages.
+    "held_out_0.5": held_out(scope="global", reference=dtnh_jax.held_out(0.5)),
+    "held_out_0.99": held_out(scope="global", reference=dtnh_jax.held_out(0.99)),
     # A control: its bound alone.
     "running_bound": running_bound,
     # The same, if it does better in a trial run than no regularizer.

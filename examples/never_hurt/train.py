@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 import dtnh_jax
 from dtnh_jax import regularizers
-from examples.common import objective, resnet
+from examples.common import calibration, objective, resnet
 from examples.common.objective import REGULARIZERS, RegularizerInputs
 from examples.common.pretrained import Pretrained
 from examples.common.resnet import Network, Output, ResNetConfig
@@ -144,7 +144,7 @@ def run(prepared: Sequence[Prepared]) -> list[Result]:
     starts = []
     for each, losses in zip(prepared, trial_losses, strict=True):
         schedule = batches.schedule(each.cell, each.splits.train.labels)
-        helps = losses is None or losses[1] < losses[0]
+        helps = losses is None or calibration.is_lower(losses[1], than=losses[0])
         starts.append(_start(program, each, schedule, each.cell.strength if helps else 0.0))
     procedure, stopped = PROCEDURES[name], list[Candidate | None]([None] * len(prepared))
     n_head_only = round(procedure.head_only * program.steps)
@@ -167,12 +167,13 @@ def run(prepared: Sequence[Prepared]) -> list[Result]:
         if candidate := stop or _interpolated(program, each, network):
             number, network = candidate.number, candidate.network
         result = _result(program, each, network, history, seconds)
-        results.append(replace(result, trial_losses=losses, chosen=number))
+        rounded = losses and [_finite(loss, 4) for loss in losses]
+        results.append(replace(result, trial_losses=rounded, chosen=number))
     return results
 
 
 def _trial_losses(program: Program, prepared: Prepared) -> list[float] | None:
-    """The loss on held-out images after the trial run without the regularizer and with it."""
+    """The calibrated loss on held-out images after trial runs without the regularizer and with."""
     cell, splits = prepared.cell, prepared.splits
     if not cell.trial:
         return None
@@ -186,16 +187,16 @@ def _trial_losses(program: Program, prepared: Prepared) -> list[float] | None:
     ]
     images, labels = splits.train.images, splits.train.labels[views.which]
     losses = (_loss_of_views(program.model, net, images, labels, views) for net in networks)
-    return [round(float(loss), 4) for loss in losses]
+    return [float(loss) for loss in losses]
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _loss_of_views(
     model: ResNetConfig, network: Network, images: jax.Array, labels: jax.Array, views: Plan
 ) -> jax.Array:
-    """The mean loss of views of images, in evaluation mode."""
+    """The calibrated loss of views of images, in evaluation mode."""
     output = resnet.apply(model, network, batches.views(images, views), train=False)
-    return objective.cross_entropy(output.logits, labels)
+    return calibration.calibrated_loss(output.logits, labels)
 
 
 def _fit(
