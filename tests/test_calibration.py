@@ -52,7 +52,7 @@ def test_the_losses_of_each_image():
 
 def test_confidence_makes_no_difference():
     logits, labels = drawn(2)
-    wanted = calibrated_loss(logits, labels)
+    wanted = float(calibrated_loss(logits, labels))
     for factor in (0.5, 0.8, 1.7, 2.0):
         assert calibrated_loss(factor * logits, labels) == pytest.approx(wanted, abs=3e-4)
 

@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 pytest.importorskip("flax")
 sklearn_metrics = pytest.importorskip("sklearn.metrics")
 
+from examples.common.calibration import calibrated_loss
 from examples.finetune import metrics
 
 predict = jax.jit(metrics.predict)
@@ -44,6 +45,7 @@ def test_metrics_are_sklearns(n_classes):
     assert found.loss == pytest.approx(
         sklearn_metrics.log_loss(labels, probabilities, labels=classes), rel=1e-5
     )
+    assert found.calibrated_loss == pytest.approx(float(calibrated_loss(logits, labels)), rel=1e-5)
     assert found.accuracy == sklearn_metrics.accuracy_score(labels, predicted)
     assert found.balanced_accuracy == pytest.approx(
         sklearn_metrics.balanced_accuracy_score(labels, predicted)
@@ -97,6 +99,7 @@ def test_an_image_with_nan_logits_counts_as_wrong_and_is_in_no_column():
     assert found.images.tolist() == [2, 2, 0]
     assert found.balanced_accuracy == 0.25  # none of class 0's two, one of class 1's two
     assert np.isnan(found.loss)
+    assert np.isnan(found.calibrated_loss)
 
 
 def test_of_equal_logits_the_lower_class_is_first():

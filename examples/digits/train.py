@@ -18,6 +18,7 @@ import optax
 
 import dtnh_jax
 from dtnh_jax import regularizers
+from examples.common import calibration
 from examples.common.epochs import draw_batches
 from examples.common.progress import progress
 from examples.common.resnet import Network
@@ -159,8 +160,9 @@ def trials_say_regularize(start: Start, target: Split, cfg: Config) -> bool:
         rest, held_out = data.hold_out(target, fold)
         for weight in losses:
             network = last(training(start, rest, "bounded", weight, trial_steps(cfg), cfg))
-            losses[weight] += loss(network, held_out, cfg)
-    return losses[cfg.reg_weight] < losses[0.0]
+            logits = predict(network, held_out.images, widths=cfg.widths)
+            losses[weight] += float(calibration.calibrated_loss(logits, held_out.labels))
+    return calibration.is_lower(losses[cfg.reg_weight], than=losses[0.0])
 
 
 def training(

@@ -117,8 +117,8 @@ class TransferConfig:
     """Steps from one gradient of held-out images to the next."""
     trial: float = 0.0
     """A share of the steps, such as 0.33. Two trial runs of this length, without the regularizer
-    and with it, are compared by their loss on validation images. The run has the regularizer only
-    if the loss is lower with it. 0: no trial runs."""
+    and with it, are compared by their calibrated loss on validation images. The run has the
+    regularizer only if the loss is lower with it. 0: no trial runs."""
     features: tuple[str, ...] = ()
     """Feature maps that the feature regularizers compare, by path.
     If not set, the output of each stage; for delta_attention, its last convolution."""

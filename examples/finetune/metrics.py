@@ -10,6 +10,8 @@ import numpy as np
 import optax
 from sklearn.metrics import confusion_matrix
 
+from examples.common import calibration
+
 LAST_RANK = np.iinfo(np.int32).max
 
 
@@ -22,6 +24,8 @@ class Predictions(NamedTuple):
         rank: The number of classes before the true one, int32 ``(n,)``: 0 if it is predicted,
             ``LAST_RANK`` if a logit is NaN.
         loss: Cross-entropy, float32 ``(n,)``.
+        scaled_losses: The same at each of the temperatures of ``common.calibration``, float32
+            ``(n, temperatures)``.
         valid: Whether it is an image and not padding, bool ``(n,)``.
     """
 
@@ -29,6 +33,7 @@ class Predictions(NamedTuple):
     predicted: Any
     rank: Any
     loss: Any
+    scaled_losses: Any
     valid: Any
 
 
@@ -40,6 +45,8 @@ class Metrics:
     """Number of images."""
     loss: float
     """Mean cross-entropy."""
+    calibrated_loss: float
+    """The same at the temperature where it is lowest, which does not depend on confidence."""
     accuracy: float
     """Share of the images whose class has the largest logit."""
     top5: float
@@ -57,7 +64,7 @@ class Metrics:
     @property
     def scalars(self) -> dict[str, float]:
         """The metrics that are one number."""
-        names = ("n", "loss", "accuracy", "top5", "balanced_accuracy")
+        names = ("n", "loss", "calibrated_loss", "accuracy", "top5", "balanced_accuracy")
         return {name: getattr(self, name) for name in names}
 
 
@@ -86,6 +93,7 @@ def predict(logits: jax.Array, labels: jax.Array, valid: jax.Array) -> Predictio
         predicted=jnp.where(has_nan, -1, jnp.argmax(logits, axis=-1).astype(jnp.int32)),
         rank=jnp.where(has_nan, LAST_RANK, jnp.sum(before, axis=-1, dtype=jnp.int32)),
         loss=optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+        scaled_losses=calibration.scaled_losses(logits, labels),
         valid=valid,
     )
 
@@ -105,7 +113,7 @@ def summarise(batches: Iterable[Predictions], n_classes: int) -> Metrics:
     valid = np.concatenate([part.valid for part in parts] or [np.zeros(0, bool)])
     if not valid.any():
         raise ValueError("Metrics need at least one image; got none. Is the split empty?")
-    labels, predicted, rank, loss, _ = (
+    labels, predicted, rank, loss, scaled_losses, _ = (
         np.concatenate(column)[valid] for column in zip(*parts, strict=True)
     )
     images = np.bincount(labels, minlength=n_classes)
@@ -115,6 +123,7 @@ def summarise(batches: Iterable[Predictions], n_classes: int) -> Metrics:
     return Metrics(
         n=len(labels),
         loss=float(loss.mean(dtype=np.float64)),
+        calibrated_loss=float(scaled_losses.mean(axis=0, dtype=np.float64).min()),
         accuracy=float(np.mean(rank < 1)),
         top5=float(np.mean(rank < 5)),
         balanced_accuracy=float(np.nanmean(recalls)),

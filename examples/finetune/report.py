@@ -102,7 +102,8 @@ def setting_rows(outcome: Outcome) -> list[list[str]]:
         rows.append(["rule", f"{transfer.rule}, scope {transfer.groups}"])
     if (trial := outcome.trial) is not None:
         losses = (
-            f"loss {trial.loss_with:.3f} with the regularizer, {trial.loss_without:.3f} without"
+            f"calibrated loss {trial.loss_with:.3f} with the regularizer, "
+            f"{trial.loss_without:.3f} without"
         )
         rows.append(["trial runs", losses])
     time = timedelta(seconds=round(outcome.throughput.seconds))

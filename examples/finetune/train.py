@@ -95,7 +95,8 @@ def try_regularizer(config: Config, dataset: Dataset) -> Trial:
     """Runs a share of the steps without the regularizer, and with it.
 
     Each is a run with checkpoints of its own, in a directory in the output directory. It has the
-    learning rate schedule of a whole run, and is compared after its last step.
+    learning rate schedule of a whole run. After its last step it is compared by the calibrated
+    loss: short runs differ in confidence, too.
     """
     losses = []
     for has_regularizer in (False, True):
@@ -104,7 +105,8 @@ def try_regularizer(config: Config, dataset: Dataset) -> Trial:
             print(f"Trial run {'with' if has_regularizer else 'without'} the regularizer:")
         with directory.claim(short):
             task, program, _, _, state = fit(short, dataset)
-        losses.append(evaluate(task, program, state.evaluated, dataset.validation).loss)
+        found = evaluate(task, program, state.evaluated, dataset.validation)
+        losses.append(found.calibrated_loss)
     trial = Trial(short.training.steps, *losses)
     if jax.process_index() == 0:
         print(trial)

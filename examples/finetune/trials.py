@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import NamedTuple
 
+from examples.common.calibration import is_lower
 from examples.finetune.config import Config, TransferConfig
 
 FOLDER = "trials"
@@ -14,7 +15,8 @@ class Trial(NamedTuple):
 
     Attributes:
         steps: The steps of each.
-        loss_without: The loss on validation images after the run without the regularizer.
+        loss_without: The calibrated loss on validation images after the run without the
+            regularizer, see `examples.common.calibration`.
         loss_with: The same with the regularizer.
     """
 
@@ -25,12 +27,12 @@ class Trial(NamedTuple):
     @property
     def helps(self) -> bool:
         """Whether the loss is lower with the regularizer."""
-        return self.loss_with < self.loss_without
+        return is_lower(self.loss_with, than=self.loss_without)
 
     def __str__(self) -> str:
         decision = "has" if self.helps else "does not have"
         return (
-            f"Trial runs of {self.steps} steps: the loss on validation images is "
+            f"Trial runs of {self.steps} steps: the calibrated loss on validation images is "
             f"{self.loss_with:.3f} with the regularizer and {self.loss_without:.3f} without. So "
             f"this run {decision} it."
         )
