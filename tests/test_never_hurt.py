@@ -26,7 +26,18 @@ import dtnh_jax
 from examples.common.data import CorruptImageError
 from examples.common.objective import REGULARIZERS
 from examples.never_hurt import __main__ as command
-from examples.never_hurt import batches, grids, images, runner, sources, store, train, version
+from examples.never_hurt import (
+    batches,
+    grids,
+    images,
+    report,
+    runner,
+    sources,
+    store,
+    tables,
+    train,
+    version,
+)
 from examples.never_hurt.cell import NONE, Cell, Result
 from examples.never_hurt.grids import FITTING, GRIDS, KINDS, PER_CLASS, UNFITTING, Grid, Part
 from examples.never_hurt.procedures import PROCEDURES
@@ -479,6 +490,29 @@ def test_a_cell_runs_again_by_its_key(data, tmp_path, capsys):
     other = file.rename(tmp_path / "other.jsonl")
     assert command.main(["again", str(other), cell.key, *places]) == 1
     assert "not named after a grid" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("tiny_grid", "standard")
+def test_drawn_cells_are_repeated_and_compared(data, tmp_path, capsys, monkeypatch):
+    results = ["--data", str(data), "--results", str(tmp_path)]
+    assert command.main(["run", "--grid", "tiny", *results]) == 0
+    kept = store.read(tmp_path / "tiny.jsonl")
+    places = ["--data", str(data), "--sources", str(tmp_path / "sources")]
+    repeat = ["repeat", str(tmp_path), *places, "--sample", "2"]
+    assert command.main(repeat) == 0
+    assert f"tiny: 2 of {len(kept)} cells" in capsys.readouterr().out
+    again = store.read(tmp_path / report.REPEATED)
+    assert len(again) == 2
+    [_, row] = tables.repeated({"tiny": kept, "other": {}}, again)
+    assert row == ["`tiny`", "2", "2", "0.0", "0.0"]
+    # Nothing is run twice.
+    monkeypatch.setattr(train, "run", lambda prepared: pytest.fail("ran again"))
+    assert command.main(repeat) == 0
+    key, first = next(iter(again.items()))
+    again[key] = replace(first, validation=first.validation + 0.02, test=None)
+    kept[key] = replace(kept[key], validation=first.validation, test=None)
+    [_, row] = tables.repeated({"tiny": kept}, again)
+    assert row == ["`tiny`", "2", "1", "2.0", "+1.0"]
 
 
 SCRIPT = """

@@ -1,5 +1,6 @@
-"""The command line: `python -m examples.never_hurt {run,again,report} --help`."""
+"""The command line: `python -m examples.never_hurt {run,again,repeat,report} --help`."""
 
+import random
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import tyro
 from examples.never_hurt import report, runner, store, train
 from examples.never_hurt.grids import GRIDS
 from examples.never_hurt.runner import Places, WorkerError
+from examples.never_hurt.sources import is_file
 
 PROGRAM = "python -m examples.never_hurt"
 
@@ -107,6 +109,47 @@ class Again:
 
 
 @dataclass(frozen=True)
+class Repeat:
+    """Runs cells that are drawn at random from files of results again; `report` compares them."""
+
+    results: Annotated[Path, tyro.conf.Positional]
+    """Folder of the results of each grid. What the cells give now is added to repeated.jsonl."""
+    data: Path
+    """As for `run`."""
+    sources: Path
+    """As for `again`."""
+    weights: Path | None = None
+    """As for `run`. Without it, grids that start from such files are left out."""
+    sample: int = 3
+    """Cells of each grid."""
+    seed: int = 0
+    """Draws the cells."""
+
+    def __call__(self) -> None:
+        """Runs the cells."""
+        out = self.results / report.REPEATED
+        done = store.read(out)
+        for name, grid in GRIDS.items():
+            file = store.of_grid(self.results, name)
+            if file is None:
+                continue
+            kept = [
+                result.cell
+                for result in store.read(file).values()
+                if self.weights or not is_file(result.cell.source)
+            ]
+            drawn = random.Random(f"{self.seed} {name}").sample(kept, min(self.sample, len(kept)))
+            print(f"{name}: {len(drawn)} of {len(kept)} cells")
+            runner.run_missing(
+                [cell for cell in drawn if cell.key not in done],
+                Places(self.data, self.weights, out, self.sources),
+                workers=1,
+                lanes=1,
+                pretraining_steps=grid.pretraining_steps,
+            )
+
+
+@dataclass(frozen=True)
 class Report:
     """Makes every table and figure from files of results."""
 
@@ -125,7 +168,9 @@ class Report:
 def main(arguments: list[str]) -> int:
     """Runs a subcommand; returns the exit code."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {"run": Run, "again": Again, "report": Report}, prog=PROGRAM, args=arguments
+        {"run": Run, "again": Again, "repeat": Repeat, "report": Report},
+        prog=PROGRAM,
+        args=arguments,
     )
     try:
         command()

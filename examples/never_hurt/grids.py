@@ -15,6 +15,7 @@ KINDS = {
     "imagenette": FITTING,
     "cifar10": FITTING,
     "cifar10_resnet20.safetensors": FITTING,
+    "cifar10_resnet56.safetensors": FITTING,
     "gtsrb": NEUTRAL,
     "medmnist": UNFITTING,
     "random_labels_imagenette": UNFITTING,
@@ -220,6 +221,7 @@ REFERENCES = (
     *("weighted_sum", "running_bound", "held_out_global", "held_out_layer"),
     *("held_out_current", "held_out_unbounded", "held_out_project"),
 )
+BOUNDS = ("weighted_sum", "running_bound", "running_bound_2", "running_bound_4")
 TENFOLD = (1.0, 10.0, 100.0, 1000.0)
 TRIAL = 1 / 3
 """The share of the steps that a trial run takes."""
@@ -450,6 +452,21 @@ GRIDS: Mapping[str, Grid] = {
         steps=300,
         test=False,
         images_per_class={"cifar10": 25},
+    ),
+    # How tight the bound is, on validation images alone.
+    "bounds": Grid(
+        [
+            Part(("cifar10",), ("cifar10",), (regularizer,), BOUNDS, strengths, range(3))
+            for regularizer, strengths in (
+                ("feature_distillation", (10.0, 100.0)),
+                ("attention_transfer", (1.0, 10.0)),
+            )
+        ],
+        learning_rates=(0.01, 0.03),
+        tuned="each",
+        steps=300,
+        test=False,
+        images_per_class={"cifar10": 5},
     ),
     # What the parts of the held-out preset do, on validation images alone.
     "references": Grid(

@@ -16,9 +16,11 @@ from examples.never_hurt.grids import GRIDS
 from examples.never_hurt.sources import RANDOM_WEIGHTS
 from examples.never_hurt.tables import Rows
 
+REPEATED = "repeated.jsonl"
+"""The file of results of cells that were run again."""
+
 COMPARED = ("weighted_sum", "dtnh_layer", "bounded_dtnh")
 """The rules of the table of gains by pair."""
-
 
 GAINS = ("gains", "gains_25", "gains_public", "gains_tiny", "gains_noise")
 """The grids of tasks with a gain to keep."""
@@ -35,14 +37,14 @@ def study(folder: Path, grid: str) -> pd.DataFrame | None:
     Raises:
         ValueError: If cells are missing.
     """
-    paths = [path for suffix in ("", ".gz") if (path := folder / f"{grid}.jsonl{suffix}").exists()]
-    if not paths:
+    path = store.of_grid(folder, grid)
+    if path is None:
         return None
-    results = store.read(paths[0])
+    results = store.read(path)
     cells = GRIDS[grid].cells(results)
     if missing := [cell for cell in cells if cell.key not in results]:
         raise ValueError(
-            f"{paths[0]} lacks {len(missing)} of {len(cells)} cells; run the grid to its end."
+            f"{path} lacks {len(missing)} of {len(cells)} cells; run the grid to its end."
         )
     found = analysis.frame(results[cell.key] for cell in cells)
     return analysis.compare(analysis.at_best_rate(found) if GRIDS[grid].tuned == "each" else found)
@@ -131,6 +133,11 @@ def report(folder: Path, out: Path, page: Path | None) -> None:
         raise ValueError(f"There are no results in {folder}: no file like small.jsonl.")
     out.mkdir(parents=True, exist_ok=True)
     made = make_tables(studies)
+    if repeated := store.read(folder / REPEATED):
+        made["repeated"] = tables.repeated(
+            {name: store.read(path) for name in studies if (path := store.of_grid(folder, name))},
+            repeated,
+        )
     for name, rows in made.items():
         files.write(out / f"{name}.md", (as_markdown_table(rows) + "\n").encode())
         files.write(out / f"{name}.tex", as_latex_table(rows).encode())

@@ -61,7 +61,8 @@ def held_out(**choices: Any) -> Callable[[Setting], Optimizer]:
     return preset(**choices)
 
 
-running_bound = preset(scope="global", on_conflict="keep", bound_by="running_max")
+BOUND = {"scope": "global", "on_conflict": "keep", "bound_by": "running_max"}
+running_bound = preset(**BOUND)
 """The weighted sum of the momenta with a bound that does not fade with the loss."""
 
 
@@ -164,7 +165,10 @@ RULES: Mapping[str, Callable[[Setting], Optimizer]] = {
     "held_out_0.99": held_out(scope="global", reference=dtnh_jax.held_out(0.99)),
     # A control: its bound alone.
     "running_bound": running_bound,
-    # The same, if it does better in a trial run than no regularizer.
+    # The same with looser bounds.
+    "running_bound_2": preset(**BOUND, max_ratio=2.0),
+    "running_bound_4": preset(**BOUND, max_ratio=4.0),
+    # The bound alone, if it does better in a trial run than no regularizer.
     "trial_runs": running_bound,
 }
 

@@ -32,6 +32,12 @@ def append(path: Path, result: Result) -> None:
         os.close(file)
 
 
+def of_grid(folder: Path, grid: str) -> Path | None:
+    """The file of a grid's results, compressed or not; None without one."""
+    paths = (folder / f"{grid}.jsonl{suffix}" for suffix in ("", ".gz"))
+    return next((path for path in paths if path.exists()), None)
+
+
 def read(path: Path) -> dict[str, Result]:
     """Reads all results.
 

@@ -1,6 +1,6 @@
 """Every table of the report, as rows of text; the first row is the header."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from examples.never_hurt.analysis import (
     select,
     values,
 )
+from examples.never_hurt.cell import Result
 from examples.never_hurt.labels import label, points
 from examples.never_hurt.sources import RANDOM_WEIGHTS
 
@@ -243,6 +244,31 @@ def length_ratios(cells: pd.DataFrame) -> Rows:
 
     measured = cells[cells["length_ratio"].map(len) > 0]
     return cross(measured, ["regularizer", "rule"], "strength", text)
+
+
+def repeated(of_grids: Mapping[str, Mapping[str, Result]], again: Mapping[str, Result]) -> Rows:
+    """How many cells that were run again have the accuracies that they had.
+
+    Args:
+        of_grids: The results of each grid, by key.
+        again: The results of the cells that were run again, by key.
+    """
+    rows = [["grid", "cells repeated", "identical", "largest difference", "mean difference"]]
+    for grid, results in of_grids.items():
+        pairs = [(results[key], result) for key, result in again.items() if key in results]
+        if pairs:
+            differences = [100 * (_accuracy(new) - _accuracy(old)) for old, new in pairs]
+            identical = sum(
+                (old.validation, old.test) == (new.validation, new.test) for old, new in pairs
+            )
+            largest = max(map(abs, differences))
+            mean = points(float(np.mean(differences)))
+            rows.append([f"`{grid}`", f"{len(pairs)}", f"{identical}", f"{largest:.1f}", mean])
+    return rows
+
+
+def _accuracy(result: Result) -> float:
+    return result.validation if result.test is None else result.test
 
 
 def _setting_means(cells: pd.DataFrame, difference: str = "against_plain") -> pd.Series:
