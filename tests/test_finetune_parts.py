@@ -228,7 +228,9 @@ def test_the_bounded_rule_with_held_out_images_is_the_preset_with_other_choices(
     training = TrainingConfig(
         optimizer=name, learning_rate=0.1, schedule="constant", weight_decay=0.0
     )
-    ours = optimizer.make_optimizer(TransferConfig(reg_weight=0.5, held_out=0.1), training)
+    ours = optimizer.make_optimizer(
+        TransferConfig(rule="bounded_dtnh", reg_weight=0.5, held_out=0.1), training
+    )
     preset_of = {
         "sgd": dtnh_jax.dtnh_sgd,
         "adamw": functools.partial(dtnh_jax.dtnh_adamw, weight_decay=0.0),
@@ -524,7 +526,7 @@ def test_meshes():
         ({"held_out": 1.0}, "held_out must be at least 0 and below 1"),
         ({"held_out_every": 4}, r"there are none\. Give their share too, such as --held-out 0\.1"),
         ({"held_out": 0.1, "held_out_every": 0}, "held_out_every must be at least 1"),
-        ({"held_out": 0.1, "regularizer": "none"}, "the regularizer is none"),
+        ({"rule": "dtnh", "held_out": 0.1, "regularizer": "none"}, "the regularizer is none"),
         (
             {"held_out": 0.1, "rule": "dtnh", "reference_decay": 0.9},
             "reference_decay .* Give only one",

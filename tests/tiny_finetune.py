@@ -64,6 +64,7 @@ def arguments(directory: Path, out: Path, *more: str) -> list[str]:
         "--init": directory / "source.safetensors",
         "--image-size": 8,
         "--validation": 2,
+        "--rule": "bounded_dtnh",  # the default has trial runs
         "--steps": 6,
         "--batch-size": 8,
         "--evaluate-every": 2,

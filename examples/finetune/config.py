@@ -51,6 +51,11 @@ BOUNDED_SUM: dict[str, Any] = {
     "scope": "global",
     "bound_by": "running_max",
 }
+# The weight λ in bounded_sum, if none is given, as a multiple of the authors'.
+BOUNDED_SUM_WEIGHT = 100
+# The share of the steps that each of its trial runs takes, if none is given.
+TRIAL = 1 / 3
+
 # What --held-out makes of bounded_dtnh: arguments of dtnh_jax.dtnh_sgd and dtnh_adamw.
 HELD_OUT: dict[str, Any] = {
     "on_conflict": "gate",
@@ -91,13 +96,15 @@ class TransferConfig:
 
     regularizer: RegularizerName = "l2_sp"
     """The regularizer Ω. delta_attention is DELTA with channel weights, delta without."""
-    rule: RuleName = "bounded_dtnh"
+    rule: RuleName = "bounded_sum"
     """The rule that combines the gradients of loss and regularizer.
-    bounded_dtnh is dtnh_sgd or dtnh_adamw, depending on the optimizer: it drops what conflicts, and
-    hardly changes plain fine-tuning. bounded_sum, recommended with trial, keeps what conflicts; the
-    regularizer's part is at most as long as the longest of the loss so far. dtnh is the paper's."""
+    bounded_sum is their sum, with a regularizer's part at most as long as the longest of the loss
+    so far; with trial runs it keeps what helps. bounded_dtnh drops what conflicts, and hardly
+    changes plain fine-tuning. Both are dtnh_sgd or dtnh_adamw, depending on the optimizer. dtnh is
+    the paper's."""
     reg_weight: float | None = None
-    """The weight λ of the regularizer. If not set, that of the regularizer's authors."""
+    """The weight λ of the regularizer. If not set, that of the regularizer's authors; in
+    bounded_sum, whose bound makes a large weight safe, a hundred times it."""
     scope: Literal["global", "layer", "leaf", "element"] | None = None
     """The groups of parameters that the rule is applied to separately.
     If not set, layer; in bounded_sum, and in bounded_dtnh with held_out, global."""
@@ -115,10 +122,10 @@ class TransferConfig:
     of the loss of these images. 0: none."""
     held_out_every: int = 1
     """Steps from one gradient of held-out images to the next."""
-    trial: float = 0.0
-    """A share of the steps, such as 0.33. Two trial runs of this length, without the regularizer
-    and with it, are compared by their calibrated loss on validation images. The run has the
-    regularizer only if the loss is lower with it. 0: no trial runs."""
+    trial: float | None = None
+    """A share of the steps. Two trial runs of this length, without the regularizer and with it, are
+    compared by their calibrated loss on validation images. The run has the regularizer only if the
+    loss is lower with it. 0: no trial runs. If not set, a third in bounded_sum, and 0 in others."""
     features: tuple[str, ...] = ()
     """Feature maps that the feature regularizers compare, by path.
     If not set, the output of each stage; for delta_attention, its last convolution."""
@@ -134,7 +141,17 @@ class TransferConfig:
     @property
     def weight(self) -> float:
         """The weight λ."""
-        return REGULARIZERS[self.regularizer].weight if self.reg_weight is None else self.reg_weight
+        if self.reg_weight is not None:
+            return self.reg_weight
+        times = BOUNDED_SUM_WEIGHT if self.rule == "bounded_sum" else 1
+        return times * REGULARIZERS[self.regularizer].weight
+
+    @property
+    def trial_share(self) -> float:
+        """The share of the steps that each of the trial runs takes; 0: there are none."""
+        if self.trial is not None:
+            return self.trial
+        return TRIAL if self.rule == "bounded_sum" and self.regularizer != "none" else 0.0
 
     @property
     def groups(self) -> Literal["global", "layer", "leaf", "element"]:
@@ -321,7 +338,8 @@ def _check_transfer(transfer: TransferConfig) -> None:
     for name in ("reference_decay", "held_out"):
         _check(transfer, name, lambda value: 0 <= value < 1, "be at least 0 and below 1")
     _check(transfer, "held_out_every", lambda value: value >= 1, "be at least 1")
-    _check(transfer, "trial", lambda value: 0 <= value <= 1, "be at least 0 and at most 1")
+    if transfer.trial is not None:
+        _check(transfer, "trial", lambda value: 0 <= value <= 1, "be at least 0 and at most 1")
     for name, rules in (
         ("on_conflict", ("dtnh", "decoupled")),
         ("reference_decay", ("dtnh", "decoupled")),

@@ -67,7 +67,7 @@ def run(config: Config) -> Outcome:
             if is_first:
                 directory.clear(config.output.out)
             multihost_utils.sync_global_devices("cleared")
-        trial = try_regularizer(config, dataset) if config.transfer.trial else None
+        trial = try_regularizer(config, dataset) if config.transfer.trial_share else None
         decided = trials.settings(config, has_regularizer=trial is None or trial.helps)
         task, program, best_step, throughput, state = fit(decided, dataset)
         validation = evaluate(task, program, state.evaluated, dataset.validation)

@@ -46,7 +46,7 @@ def settings(config: Config, *, has_regularizer: bool) -> Config:
 
 def shortened(config: Config, *, has_regularizer: bool) -> Config:
     """The settings of a trial run: a share of the steps, evaluated after the last one alone."""
-    training, output, share = config.training, config.output, config.transfer.trial
+    training, output, share = config.training, config.output, config.transfer.trial_share
     steps = max(1, round(share * training.steps))
     name = "with" if has_regularizer else "without"
     return replace(
