@@ -1,14 +1,12 @@
 """How programs of the examples end."""
 
-# ruff: noqa: E402 (the modules under test want the packages that are asked for first)
-
+import contextlib
 import io
 import os
 
-import needs
 import pytest
 
-needs.examples()
+pytest.importorskip("rich")
 
 from examples.common.command import ended
 from examples.common.text import plain_console
@@ -40,32 +38,30 @@ def test_what_is_not_expected_is_raised():
         ended("program", failing(TypeError()), (ValueError,))
 
 
-@pytest.fixture
-def closed(monkeypatch):
-    """A standard output that nobody reads any longer."""
+@contextlib.contextmanager
+def nobody_reads():
+    """Within the context, the reader of the standard output has ended."""
     reader, writer = os.pipe()
     os.close(reader)
-    with io.TextIOWrapper(open(writer, "wb"), "utf-8") as stream:  # noqa: SIM115 (it closes both)
-        monkeypatch.setattr("sys.stdout", stream)
-        yield stream
-        monkeypatch.undo()
+    stream = io.TextIOWrapper(open(writer, "wb"), "utf-8")
+    with stream, contextlib.redirect_stdout(stream):
+        yield
 
 
-def test_an_output_that_nobody_reads_ends_a_program_in_silence(closed, capsys):
+@pytest.mark.parametrize("lines", [1, 10_000], ids=["known at the end", "known before"])
+def test_an_output_that_nobody_reads_ends_a_program_in_silence(lines, capsys):
     def command():
-        for number in range(10_000):
+        for number in range(lines):
             print(number)
 
-    assert ended("program", command, (OSError,)) == 141
+    with nobody_reads():
+        assert ended("program", command, (OSError,)) == 141
     assert capsys.readouterr().err == ""
 
 
-def test_a_short_output_that_nobody_reads_is_known_before_the_end(closed):
-    assert ended("program", lambda: print("a line"), (OSError,)) == 141
-
-
-def test_a_console_that_nobody_reads_goes_on_in_silence(closed):
-    console = plain_console()
-    for number in range(3):
-        console.print(f"step {number}")
+def test_a_console_that_nobody_reads_goes_on_in_silence():
+    with nobody_reads():
+        console = plain_console()
+        for number in range(3):
+            console.print(f"step {number}")
     assert console.quiet
