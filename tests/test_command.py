@@ -1,7 +1,6 @@
 """How programs of the examples end."""
 
 import contextlib
-import io
 import os
 
 import pytest
@@ -43,8 +42,7 @@ def nobody_reads():
     """Within the context, the reader of the standard output has ended."""
     reader, writer = os.pipe()
     os.close(reader)
-    stream = io.TextIOWrapper(open(writer, "wb"), "utf-8")
-    with stream, contextlib.redirect_stdout(stream):
+    with os.fdopen(writer, "w", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
         yield
 
 
