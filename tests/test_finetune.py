@@ -260,7 +260,7 @@ def test_a_run_that_is_told_to_stop_leaves_its_evaluation(directory, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(train, "make_program", with_signal)
         assert main(tiny_finetune.arguments(directory, parts, *more)) == 143
-    assert next(calls) == at + 2 or at == 1
+    assert next(calls) == at + 1, "the second batch is not evaluated"
     progress, _ = last_checkpoint(directory, parts, *more)
     assert (progress.step, progress.evaluated) == (at + 1, False)
     assert {(at + 1, "validation")}.isdisjoint((each.step, each.split) for each in read(parts))
