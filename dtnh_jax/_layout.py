@@ -1,6 +1,5 @@
 """Which leaves form a group: a tree is laid out once, and other trees are laid over it."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -103,11 +102,13 @@ def lay_out(tree: PyTree, scope: Scope, mask: Mask) -> Layout:
 
 def unique(names: Sequence[str]) -> tuple[str, ...]:
     """The names, with ``#2`` and so on where one has been there before."""
-    seen: Counter[str] = Counter()
-    made = []
+    made: dict[str, None] = {}
     for name in names:
-        seen[name] += 1
-        made.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+        free, number = name, 1
+        while free in made:
+            number += 1
+            free = f"{name}#{number}"
+        made[free] = None
     return tuple(made)
 
 

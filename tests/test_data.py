@@ -224,13 +224,14 @@ def deep_png(values, colour_type):
 
 
 @pytest.mark.parametrize("bits", [8, 12, 14, 16])
-@pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (6, 4)])
-def test_colours_of_16_bits_are_scaled_by_the_bits_in_use(bits, colour_type, channels):
+@pytest.mark.parametrize(("colour_type", "colours"), [(2, 3), (6, 3), (4, 1)])
+def test_colours_of_16_bits_are_scaled_by_the_bits_in_use(bits, colour_type, colours):
     rng = np.random.default_rng(0)
-    values = rng.integers(2**bits, size=(8, 8, channels))
-    values[0, 0], values[..., 3:] = 2**bits - 1, 2**16 - 1
+    values = rng.integers(2**bits, size=(8, 8, colours + (colour_type > 2)))
+    values[0, 0], values[..., colours:] = 2**bits - 1, 2**16 - 1
     pixels = data.decode(deep_png(values, colour_type), "image")
-    np.testing.assert_array_equal(pixels, values[..., :3] >> (bits - 8))
+    expected = np.broadcast_to(values[..., :colours] >> (bits - 8), (8, 8, 3))
+    np.testing.assert_array_equal(pixels, expected)
 
 
 @pytest.mark.parametrize("kind", [b"zTXt", b"iCCP", b"iTXt", b"tEXt", b"eXIf"])
@@ -259,7 +260,7 @@ NOISE = Image.fromarray(noise(0, 40, 40))
     ("stored", "reason"),
     [
         (b"", "it is empty"),
-        (b"these are words", "UnidentifiedImageError"),
+        (b"these are words", "it is no image that Pillow can open"),
         (encode(NOISE, "JPEG")[:-300], "truncated"),
         (encode(NOISE, "PNG")[:-300], "truncated|OSError|SyntaxError"),
     ],
@@ -485,7 +486,13 @@ def test_classes_too_small_for_the_settings_are_refused(flat, changes, message):
     [
         ([], "two or more classes; it has 0: none"),
         (["ant/1.png"], "two or more classes; it has 1: ant"),
-        (["1.png", "2.png"], "two or more classes; it has 0"),
+        (["1.png", "2.png"], "two or more classes; it has 0: none, and 2 images in no folder"),
+        (["a/1.png", "b/1.png", "s/a/1.png", "s/b/1.png"], "s is taken .* other classes: a, b"),
+        (
+            ["train/a/1.png", "train/b/1.png", "train/test/a/1.png"],
+            "test is taken as a class, .* folders with the names of other classes: a. If it is a s",
+        ),
+        (["a/train/1.png", "a/test/1.png", "b/train/1.png"], "a is .* but the splits test, train"),
         (["ant/1.png", "bee/1.txt"], r"bee has no image that Pillow can open; it has \.txt"),
         (["ant/1.png", "bee/.hidden.png"], r"bee has no image .*it has \.png"),
         (["ant/1.png", "bee/day/1.txt"], r"bee has no image .*it has \.txt"),
@@ -562,7 +569,7 @@ def test_every_image_below_a_class_is_read_and_all_else_is_told(tmp_path):
         write_every_format(tmp_path / name)
     root, ant = tmp_path, tmp_path / "ant"
     hidden = [ant / ".DS_Store", root / ".cache/1.png", root / "__MACOSX/ant/1.png"]
-    hidden.append(ant / "@eaDir/1.png")
+    hidden += [ant / "@eaDir/1.png", root / "lost+found/1.png"]
     foreign = [ant / "notes.txt", ant / "deep/labels.csv", ant / "a.heic", root / "README"]
     foreign += [ant / "data.h5", ant / "film.mpg"]
     for path in [*hidden, *foreign]:
@@ -572,6 +579,7 @@ def test_every_image_below_a_class_is_read_and_all_else_is_told(tmp_path):
     (ant / "album.jpg").mkdir()
     (ant / "up").symlink_to(root)
     (ant / "gone").symlink_to(root / "nowhere")
+    (ant / "itself").symlink_to(ant / "itself")
 
     loaded = data.load(config(root, validation=1, test=1))
     found = {name for part in loaded[1:4] for name in names(part)}
@@ -580,13 +588,12 @@ def test_every_image_below_a_class_is_read_and_all_else_is_told(tmp_path):
     notes = "\n".join(loaded.notes)
     for expected in (
         "left out: 6 not images that Pillow can open: README, ant/a.heic, ant/data.h5, ...",
-        "left out: 4 hidden files or folders: .cache, __MACOSX, ant/.DS_Store, ...",
+        "left out: 5 hidden files or folders: .cache, __MACOSX, lost+found, ...",
         "left out: 1 images without a class: loose.png",
         "left out: 1 links to folders that are read already: ant/up",
-        "left out: 1 broken links or special files: ant/gone",
+        "left out: 2 broken links or special files: ant/gone, ant/itself",
     ):
         assert expected in notes
-    assert len(loaded.notes) == 5
     assert loaded.summary[:4] == [
         f"{root}: 2 classes: ant, bee",
         "  train: 18 images of 2 classes",
@@ -596,10 +603,9 @@ def test_every_image_below_a_class_is_read_and_all_else_is_told(tmp_path):
 
 
 def test_images_beside_the_splits_are_told(tmp_path):
-    for name in ("train/a/1.png", "train/a/2.png", "train/b/1.png", "train/b/2.png", "1.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(encode(SOLID))
-    for name in ("train/2.png", "unlabelled/3.png", "test/a/1.png", "test/b/1.png"):
+    write_images(tmp_path / "train", {"a": 2, "b": 2})
+    write_images(tmp_path / "test", {"a": 1, "b": 1}, first=50)
+    for name in ("1.png", "train/2.png", "unlabelled/3.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(encode(SOLID))
     loaded = data.load(config(tmp_path, validation=1))
@@ -608,6 +614,47 @@ def test_images_beside_the_splits_are_told(tmp_path):
         "left out: 1 images without a class: train/2.png",
     )
     assert len(loaded.train) == 2
+
+
+@pytest.mark.parametrize("how", ["copied", "linked", "renamed", "unreadable"])
+def test_images_of_two_splits_are_told(tmp_path, how):
+    train = write_images(tmp_path / "train", {"a": 4, "b": 4})
+    test = write_images(tmp_path / "test", {"a": 2, "b": 2}, first=50)
+    one, other = train / "b/002.png", test / ("b/new.png" if how == "renamed" else "b/002.png")
+    if how in ("copied", "renamed"):
+        other.write_bytes(one.read_bytes())
+    else:
+        other.symlink_to(one if how == "linked" else tmp_path / "nowhere")
+    # As long as another, and the same in the middle.
+    content = bytearray((train / "a/001.png").read_bytes())
+    content[:4] = b"junk"
+    (test / "a/000.png").write_bytes(content)
+    loaded = data.load(config(tmp_path, validation=1, split_seed=1))
+    assert "train/b/002.png" in names(loaded.train)
+    expected = (
+        "1 of 5 test images are training images, too, and do not measure what is learnt: for "
+        f"example, test/b/{other.name} is train/b/002.png.",
+    )
+    assert loaded.notes == (() if how == "unreadable" else expected)
+
+
+def test_copies_in_one_folder_are_told_when_they_are_parted(tmp_path):
+    write_images(tmp_path, {"a": 2, "b": 2})
+    for name in ("a", "b"):
+        for number in range(2, 6):
+            (tmp_path / name / f"{number}.png").write_bytes(encode(SOLID))
+    [of_validation, of_test] = data.load(config(tmp_path, validation=3, test=1)).notes
+    assert "validation images are training images" in of_validation
+    assert "test images are training images" in of_test
+
+
+def test_classes_that_may_be_splits_are_told(tmp_path):
+    for folder in ("monday", "tuesday"):
+        write_images(tmp_path / folder, {"a": 3, "b": 3}, first=len(folder) * 10)
+    [note] = data.load(config(tmp_path)).notes
+    assert note.startswith("The classes have no images of their own, and all have folders of the ")
+    (tmp_path / "monday/1.png").write_bytes(encode(SOLID))
+    assert not data.load(config(tmp_path)).notes
 
 
 def test_a_class_may_have_the_name_of_a_split_inside_of_one(tmp_path):
@@ -635,7 +682,9 @@ def test_names_that_are_no_text_are_read_with_escapes(tmp_path):
     assert [name.encode() for name in names(loaded.train)]
 
 
-@pytest.mark.parametrize("name", ["photos.zip", "list.csv", "uoft-cs/cifar10", r"C:\photos", "a b"])
+@pytest.mark.parametrize(
+    "name", ["photos.zip", "uoft-cs/cifar10", r"C:\photos", "a b", "data/photos/", "photos/a:1"]
+)
 def test_what_is_no_folder_and_no_name_says_so(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="neither a folder here nor a name") as error:

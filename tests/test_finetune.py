@@ -239,6 +239,38 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on(
     assert timeless(tmp_path) == timeless(finished[0])
 
 
+@pytest.mark.parametrize("at", [1, 5], ids=["step 2", "step 6, the last"])
+def test_a_run_that_is_told_to_stop_leaves_its_evaluation(directory, tmp_path, monkeypatch, at):
+    """It saves at once, and evaluates the step when it goes on."""
+    more = ("--validation", "5")  # 15 images, of which 8 fit into a batch
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(directory, whole, *more)
+    make_program, calls = train.make_program, itertools.count(1)
+
+    def with_signal(task):
+        program = make_program(task)
+
+        def evaluate(*arguments):
+            if next(calls) == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return program.evaluate(*arguments)
+
+        return program._replace(evaluate=evaluate)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "make_program", with_signal)
+        assert main(tiny_finetune.arguments(directory, parts, *more)) == 143
+    assert next(calls) == at + 1, "the second batch is not evaluated"
+    progress, _ = last_checkpoint(directory, parts, *more)
+    assert (progress.step, progress.evaluated) == (at + 1, False)
+    assert {(at + 1, "validation")}.isdisjoint((each.step, each.split) for each in read(parts))
+    run(directory, parts, *more, "--resume")
+    assert_same(*(last_checkpoint(directory, out, *more) for out in (parts, whole)))
+    assert timeless(parts) == timeless(whole)
+    weights = [pretrained.load(str(out / "model.safetensors")).network for out in (parts, whole)]
+    jax.tree.map(np.testing.assert_array_equal, *weights)
+
+
 def test_a_second_ctrl_c_is_not_caught():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     before = [signal.getsignal(number) for number in preemption.SIGNALS]

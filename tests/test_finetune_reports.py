@@ -302,6 +302,25 @@ def test_the_fields_of_a_conflict_are_those_of_the_stats(tmp_path):
     assert logs.read(written(tmp_path, [record]))[0].groups == record.groups
 
 
+def test_groups_that_were_not_reached_do_not_count():
+    """In one step, or in a part of the steps of a record."""
+    tx = dtnh_jax.dtnh(0.1, scope="leaf")
+    params = {name: jnp.zeros(2) for name in "abc"}
+    one = {"a": jnp.array([1.0, 0.0]), "b": jnp.array([0.0, 1.0]), "c": jnp.array([1.0, 1.0])}
+    other = {"a": -one["a"], "b": one["b"] * math.inf, "c": None}
+    stats = dtnh_jax.conflict_stats(tx.update((one, other), tx.init(params))[1])
+    found = logs.of_conflict(stats)
+    assert found["conflict"] == 1
+    assert found["groups"] == {"a": {"cosine": -1.0, "conflict": True, "removed": 1.0}}
+    finite = dtnh_jax.conflict_stats(tx.update((one, other | {"b": one["b"]}), tx.init(params))[1])
+    mean = jax.tree.map(lambda *steps: np.mean(steps, axis=0), stats, finite, finite)
+    found = logs.of_conflict(mean)
+    assert found["conflict"] == pytest.approx(3 / 5)
+    assert found["groups"]["b"] == pytest.approx({"cosine": 1, "conflict": 0, "removed": 0})
+    nothing = dtnh_jax.conflict_stats(tx.init(params))
+    assert logs.of_conflict(nothing) == {}
+
+
 # The live view
 
 
@@ -665,6 +684,20 @@ def test_labels_say_what_the_font_has_and_tell_classes_apart():
     labels = {figure.shortened(f"a long beginning, then {end}") for end in ("one", "another")}
     assert len(labels) == 2
     assert max(map(len, labels)) <= 20
+    alike = [f"a beginning, {middle} and an end of the same" for middle in ("one", "other")]
+    assert figure.shortened(alike[0]) == figure.shortened(alike[1])
+    labels = figure.short_names([*alike, "short"])
+    assert len(set(labels)) == 3
+    assert labels[2] == "short"
+
+
+@pytest.mark.parametrize("width", [30, 80])
+def test_a_narrow_terminal_tells_long_names_apart(width):
+    names = [f"{'x' * 100}{end}" for end in ("one", "two")]
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(report.as_rich([["class", "images"], *([name, "3"] for name in names)]))
+    printed = "".join(line.split("  ")[0].strip() for line in console.file.getvalue().splitlines())
+    assert all(name in printed for name in names)
 
 
 @pytest.mark.parametrize(
@@ -840,6 +873,19 @@ def test_weights_that_do_not_say_enough_are_an_error(
     assert evaluate.main(["--weights", weights, "--dataset", str(folder)]) == 1
     assert predict.main(["--weights", weights, str(folder)]) == 1
     assert capsys.readouterr().err.count(message) == 2
+
+
+@pytest.mark.parametrize("name", ["confusion.png", "evaluation.json"])
+def test_evaluate_writes_over_nothing_unless_told_to(weights, folder, tmp_path, capsys, name):
+    """Neither over another evaluation nor over the figure of the run."""
+    (tmp_path / name).write_text("of a run")
+    arguments = ["--weights", weights, "--dataset", str(folder), "--out", str(tmp_path)]
+    assert evaluate.main(arguments) == 1
+    assert f"{tmp_path} has {name} of an earlier evaluation or run" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "of a run"
+    assert evaluate.main([*arguments, "--overwrite", "--workers", "0"]) == 0
+    assert (tmp_path / name).read_bytes() != b"of a run"
 
 
 def test_evaluate_names_what_is_not_there(weights, tmp_path, capsys):

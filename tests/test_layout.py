@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import dtnh_jax
+from dtnh_jax._layout import unique
 
 # Pairs of layers, or of leaves, that have one name.
 A = {
@@ -34,6 +35,19 @@ def test_groups_of_one_name_are_groups_of_their_own(scope):
 def test_the_root_is_a_layer_beside_one_of_its_name():
     params = {"w": jnp.ones(1), ".": {"w": jnp.ones(1)}}
     assert tuple(dtnh_jax.dtnh(1.0, scope="layer").init(params).groups) == (".", ".#2")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a", "b"], ("a", "b")),
+        (["a", "a", "a"], ("a", "a#2", "a#3")),
+        (["a", "a#2", "a"], ("a", "a#2", "a#3")),
+        (["a", "a", "a#2"], ("a", "a#2", "a#2#2")),
+    ],
+)
+def test_no_two_groups_have_the_same_name(names, expected):
+    assert unique(names) == expected
 
 
 @jax.tree_util.register_pytree_node_class

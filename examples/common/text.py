@@ -1,6 +1,7 @@
 """Text of the user's, such as names of files and classes, for files and terminals."""
 
 import io
+import os
 import re
 import sys
 import unicodedata
@@ -42,8 +43,18 @@ def markdown(text: str) -> str:
 
 
 def plain_console() -> Console:
-    """A console that prints text as it is, though it contain ``[bold]`` or ``:car:``."""
-    return Console(highlight=False, markup=False, emoji=False)
+    """A console that prints text as it is, though it contain ``[bold]`` or ``:car:``.
+
+    If nobody reads what it prints any longer, as after ``| head``, it prints no more: a training
+    does not end for that.
+    """
+    return _Plain(highlight=False, markup=False, emoji=False)
+
+
+class _Plain(Console):
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_anything() -> None:

@@ -1,13 +1,12 @@
 """The command line: `python -m examples.finetune --help`."""
 
 import argparse
-import signal
 import sys
 from typing import get_args
 
 import tyro
 
-from examples.common.text import print_anything
+from examples.common.command import INTERRUPTED, ended
 from examples.finetune import train
 from examples.finetune.checkpoint import CheckpointError
 from examples.finetune.config import Config, PresetName, preset
@@ -36,19 +35,17 @@ def parse(arguments: list[str]) -> Config:
 
 def main(arguments: list[str]) -> int:
     """Fine-tunes and reports the results; returns the exit code."""
-    print_anything()
-    try:
-        train.run(parse(arguments))
-    except StoppedError as stopped:
-        print(stopped, file=sys.stderr)
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        print("Interrupted. If there is a checkpoint, continue with --resume.", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except EXPECTED as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    def run() -> int:
+        try:
+            train.run(parse(arguments))
+        except StoppedError as stopped:
+            print(stopped, file=sys.stderr)
+            return stopped.exit_code
+        return 0
+
+    interrupted = f"{INTERRUPTED} If there is a checkpoint, continue with --resume."
+    return ended(PROGRAM, run, EXPECTED, interrupted=interrupted)
 
 
 if __name__ == "__main__":

@@ -54,12 +54,15 @@ class Progress(NamedTuple):
         best: The step that is best on validation images, and its score; ``None`` before the
             first evaluation.
         meter: The state of the :class:`Meter`, with the duration so far over all resumes.
+        evaluated: Whether the evaluation of the step, if there is to be one, has been made. A run
+            that is told to stop saves first.
     """
 
     step: int
     data: dict[str, Any]
     best: tuple[int, float] | None
     meter: dict[str, Any]
+    evaluated: bool = True
 
 
 class Checkpoints:
@@ -180,7 +183,7 @@ class Checkpoints:
                 stacklevel=2,
             )
             best = None
-        progress = Progress(step, run["data"], best, run["meter"])
+        progress = Progress(step, run["data"], best, run["meter"], run.get("evaluated", True))
         self._remember(progress)
         return progress, state
 

@@ -10,8 +10,9 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import tyro
 
+from examples.common.command import ended
 from examples.common.tables import as_markdown_table
-from examples.common.text import markdown, plain_console, print_anything
+from examples.common.text import markdown, plain_console
 from examples.finetune.report import as_rich
 
 PROGRAM = "python -m examples.finetune.compare"
@@ -121,15 +122,18 @@ def spread(values: Sequence[float], sign: str = "") -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Compares the runs of the command line; returns the exit code."""
-    print_anything()
-    try:
-        config = tyro.cli(Config, prog=PROGRAM, args=arguments)
-        runs = [read(directory) for directory in config.runs]
-        baseline = None if config.baseline is None else read(config.baseline)
-        table = rows(runs, baseline)
-    except (ValueError, KeyError, OSError) as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 1
+
+    def compare() -> None:
+        print_table(tyro.cli(Config, prog=PROGRAM, args=arguments))
+
+    return ended(PROGRAM, compare, (ValueError, KeyError, OSError))
+
+
+def print_table(config: Config) -> None:
+    """Reads and compares the runs."""
+    runs = [read(directory) for directory in config.runs]
+    baseline = None if config.baseline is None else read(config.baseline)
+    table = rows(runs, baseline)
     if config.markdown:
         print(as_markdown_table(table, markdown))
     else:
@@ -138,7 +142,6 @@ def main(arguments: Sequence[str]) -> int:
         console = plain_console()
         console.width = max(console.width, width)
         console.print(as_rich(table, numbers=True))
-    return 0
 
 
 if __name__ == "__main__":

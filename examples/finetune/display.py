@@ -26,8 +26,12 @@ def introduce(dataset: Dataset, console: Console | None = None) -> None:
     """Prints what was read, and on which devices the run is."""
     devices = jax.devices()
     used = f"devices: {len(devices)} × {devices[0].device_kind} ({devices[0].platform})"
-    for line in (*dataset.summary, used):
-        (console or plain_console()).print(line, soft_wrap=True)
+    announce("\n".join([*dataset.summary, used]), console)
+
+
+def announce(text: str, console: Console | None = None) -> None:
+    """Prints lines."""
+    (console or plain_console()).print(text, soft_wrap=True)
 
 
 class Bar(Progress):

@@ -15,11 +15,12 @@ import tyro
 from rich.console import Console
 
 from examples.common import data, pretrained, resnet
+from examples.common.command import ended
 from examples.common.data import DataConfig, Source
 from examples.common.files import write
 from examples.common.resnet import Network, ResNetConfig
 from examples.common.standardisation import channel_statistics, standardise
-from examples.common.text import normalized, plain_console, print_anything, printable
+from examples.common.text import normalized, plain_console, printable
 from examples.finetune import metrics
 from examples.finetune.display import introduce
 from examples.finetune.figure import as_png, draw_confusion, most_confused
@@ -29,6 +30,7 @@ from examples.finetune.report import as_rich, percent
 
 PROGRAM = "python -m examples.finetune.evaluate"
 LISTED_CLASSES = 20
+RESULTS = ("evaluation.json", "confusion.png")
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Config:
     """The images."""
     out: Path | None = None
     """Directory for evaluation.json and confusion.png; nothing is written without it."""
+    overwrite: bool = False
+    """Replace these files of an earlier evaluation or run."""
     data_dir: str | None = None
     """The directory of the data sets that tensorflow-datasets has prepared."""
     images_per_class: int | None = None
@@ -228,7 +232,18 @@ def report(found: Metrics, class_names: Sequence[str], out: Path | None, console
 
 
 def run(config: Config) -> tuple[Metrics, tuple[str, ...]]:
-    """Loads weights and data; returns the metrics and the names of the classes."""
+    """Loads weights and data; returns the metrics and the names of the classes.
+
+    Raises:
+        ValueError: If they do not fit together, or results would be overwritten.
+    """
+    if config.out is not None and not config.overwrite:
+        earlier = [name for name in RESULTS if (config.out / name).exists()]
+        if earlier:
+            raise ValueError(
+                f"{config.out} has {', '.join(earlier)} of an earlier evaluation or run. Choose "
+                "another --out, or replace them with --overwrite."
+            )
     classifier = load_classifier(config.weights)
     shared = {field.name for field in dataclasses.fields(DataConfig)} & vars(config).keys()
     data_config = DataConfig(
@@ -246,15 +261,13 @@ def run(config: Config) -> tuple[Metrics, tuple[str, ...]]:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line; returns the exit code."""
-    print_anything()
-    try:
+
+    def evaluate_and_report() -> None:
         config = tyro.cli(Config, prog=PROGRAM, args=arguments)
         found, class_names = run(config)
         report(found, class_names, config.out, plain_console())
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return ended(PROGRAM, evaluate_and_report, (ValueError, OSError, ImportError))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import matplotlib
@@ -214,7 +215,7 @@ def draw_confusion(matrix: np.ndarray, class_names: Sequence[str], *, title: str
         names the pairs that are most often confused.
     """
     n_classes = len(class_names)
-    names = [shortened(name) for name in class_names]
+    names = short_names(class_names)
     images = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, images, out=np.full(matrix.shape, np.nan), where=images > 0)
     listed = n_classes > NAMED_CELLS
@@ -275,6 +276,13 @@ def as_png(figure: Figure) -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120, bbox_inches="tight")
     return content.getvalue()
+
+
+def short_names(class_names: Sequence[str]) -> list[str]:
+    """Names for labels, with the number of the class where two would be the same."""
+    names = [shortened(name) for name in class_names]
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name} ({index})" for index, name in enumerate(names)]
 
 
 def shortened(name: str, length: int = 20) -> str:

@@ -65,22 +65,30 @@ def of_conflict(stats: dtnh_jax.ConflictStats) -> dict[str, Any]:
     """The fields of a :class:`Record` that describe the conflict.
 
     Args:
-        stats: The result of :func:`dtnh_jax.conflict_stats` for one step.
+        stats: The result of :func:`dtnh_jax.conflict_stats` for one step, or the means of several.
 
     Returns:
-        ``cosine``, ``conflict``, ``removed`` and ``groups``.
+        ``cosine``, ``conflict``, ``removed`` and ``groups``, of the groups that were reached; none
+        of them if there was no such group.
     """
     stats = jax.device_get(stats)
-    columns = (column.tolist() for column in stats.per_group)
-    names = type(stats.per_group)._fields
+    # Where a group is not reached its numbers are zero, and not measured.
+    reached = stats.reached.astype(float)
+    groups = {
+        group: {
+            name: float(column[row] / reached[row])
+            for name, column in zip(stats.per_group._fields, stats.per_group, strict=True)
+        }
+        for row, group in enumerate(stats.groups)
+        if reached[row]
+    }
+    if not groups:
+        return {}
     return {
         "cosine": float(stats.total.cosine),
-        "conflict": float(stats.per_group.conflict.mean()),
+        "conflict": float(stats.per_group.conflict.sum() / reached.sum()),
         "removed": float(stats.total.removed),
-        "groups": {
-            group: dict(zip(names, row, strict=True))
-            for group, row in zip(stats.groups, zip(*columns, strict=True), strict=True)
-        },
+        "groups": groups,
     }
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import tyro
 
+from examples.common.command import ended
 from examples.common.data import (
     CorruptImageError,
     DataConfig,
@@ -21,7 +22,7 @@ from examples.common.data import (
     listing,
     read_bytes,
 )
-from examples.common.text import print_anything, printable
+from examples.common.text import printable
 from examples.finetune.evaluate import Classifier, load_classifier, logits
 
 PROGRAM = "python -m examples.finetune.predict"
@@ -140,14 +141,17 @@ def as_json(prediction: Prediction) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Runs the command line; returns the exit code, which is 1 if a file was skipped."""
-    print_anything()
-    try:
-        config = tyro.cli(Config, prog=PROGRAM, args=arguments)
-        files = find(config.images)
-        classifier = load_classifier(config.weights)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
-        return 1
+
+    def run() -> int:
+        return print_predictions(tyro.cli(Config, prog=PROGRAM, args=arguments))
+
+    return ended(PROGRAM, run, (ValueError, OSError, ImportError))
+
+
+def print_predictions(config: Config) -> int:
+    """Classifies and prints; returns the exit code."""
+    files = find(config.images)
+    classifier = load_classifier(config.weights)
     skipped = 0
     for prediction in predict(classifier, files, top=config.top, batch_size=config.batch_size):
         if prediction.error is not None:

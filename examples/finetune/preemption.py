@@ -21,23 +21,24 @@ class StoppedError(Exception):
     """The run was stopped by a signal, after its state was saved.
 
     Attributes:
+        number: That of the signal.
         exit_code: That of a shell for the signal.
     """
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
-        self.exit_code = 128 + number
+        self.number, self.exit_code = number, 128 + number
 
 
 @contextlib.contextmanager
-def stop_signal() -> Iterator[Callable[[int], int]]:
+def stop_signal() -> Iterator[Callable[..., int]]:
     """Handles signals within the context. After the first one, Ctrl-C ends the process at once.
 
     A signal that is ignored, for example by nohup, stays so.
 
     Yields:
         A function from the step to the number of the signal that stops the run, 0 without one. All
-        processes stop at the same step.
+        processes stop at the same step. Called without a step, it is 0 with several processes.
     """
     received = 0
     several = jax.process_count() > 1
@@ -62,8 +63,8 @@ def stop_signal() -> Iterator[Callable[[int], int]]:
         if several:
             signal.raise_signal(signal.SIGTERM)
 
-    def must_stop(step: int) -> int:
-        if several and multihost_utils.reached_preemption_sync_point(step):
+    def must_stop(step: int | None = None) -> int:
+        if step is not None and several and multihost_utils.reached_preemption_sync_point(step):
             return received or signal.SIGTERM
         return 0 if several else received
 

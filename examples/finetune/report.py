@@ -219,7 +219,9 @@ def as_rich(rows: Sequence[Sequence[str]], *, numbers: bool = False) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=numbers)
     head, body = (rows[0], rows[1:]) if numbers else ([""] * len(rows[0]), rows)
     for index, name in enumerate(head):
-        table.add_column(name, justify="right" if numbers and index else "left")
+        justify = "right" if numbers and index else "left"
+        # Long names are broken into lines: what is cut off may be what tells them apart.
+        table.add_column(name, justify=justify, overflow="fold")
     for row in body:
         table.add_row(*map(printable, row))
     return table

@@ -6,7 +6,7 @@ The order is: trial runs, setup, state, objective, step, compilation, loop, eval
 import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from examples.finetune import devices, directory, logs, metrics, trials
 from examples.finetune.batches import TrainingBatches, load
 from examples.finetune.checkpoint import Checkpoints, Progress
 from examples.finetune.config import Config
-from examples.finetune.display import Display, introduce
+from examples.finetune.display import Display, announce, introduce
 from examples.finetune.divergence import check_finite
 from examples.finetune.fingerprint import fingerprint
 from examples.finetune.freeze import complete, trained
@@ -102,14 +102,14 @@ def try_regularizer(config: Config, dataset: Dataset) -> Trial:
     for has_regularizer in (False, True):
         short = trials.shortened(config, has_regularizer=has_regularizer)
         if jax.process_index() == 0:
-            print(f"Trial run {'with' if has_regularizer else 'without'} the regularizer:")
+            announce(f"Trial run {'with' if has_regularizer else 'without'} the regularizer:")
         with directory.claim(short):
             task, program, _, _, state = fit(short, dataset)
         found = evaluate(task, program, state.evaluated, dataset.validation)
         losses.append(found.calibrated_loss)
     trial = Trial(short.training.steps, *losses)
     if jax.process_index() == 0:
-        print(trial)
+        announce(str(trial))
     return trial
 
 
@@ -410,9 +410,9 @@ def train(
     batches = TrainingBatches(task.config, dataset, task.mesh)
     restored = checkpoints.restore_last(program.like)
     if restored is None:
-        step, best, meter_state, state = 0, None, None, program.init()
+        step, best, meter_state, evaluated, state = 0, None, None, True, program.init()
     else:
-        (step, place, best, meter_state), state = restored
+        (step, place, best, meter_state, evaluated), state = restored
         batches.set_state(place)
     meter = Meter(training, batches, meter_state)
     first = jax.process_index() == 0
@@ -427,15 +427,22 @@ def train(
             written.write(record)
             display.show(record)
 
+        def better(step: int, found: Metrics, best: tuple[int, float] | None) -> tuple[int, float]:
+            score = metrics.score(found, training.choose_by)
+            return (step, score) if best is None or score > best[1] else best
+
         if dataset.held_out is not None:
             n = len(dataset.held_out)
             display.message(
                 f"{n} of {n + len(dataset.train)} training images are held out. The regularizer is "
                 "compared with their gradient."
             )
-        if best is None and step >= training.evaluate_every:  # the best checkpoint is lost
-            validation = evaluate(task, program, state.evaluated, dataset.validation)
-            best = (step, metrics.score(validation, training.choose_by))
+        best_is_lost = best is None and step >= training.evaluate_every
+        if best_is_lost or not evaluated:
+            validation = evaluate(task, program, state.evaluated, dataset.validation, must_stop)
+            best = better(step, validation, best)
+            if not evaluated:
+                log(logs.of_metrics(step, "validation", validation))
         display.message("Compiling the first step.")
         while step < training.steps:
             held_out_grads = None  # in the steps that have none
@@ -459,16 +466,23 @@ def train(
             if log_now:
                 log(meter.read(step))
             with meter.paused():
-                if evaluate_now:
-                    validation = evaluate(task, program, state.evaluated, dataset.validation)
-                    log(logs.of_metrics(step, "validation", validation))
-                    score = metrics.score(validation, training.choose_by)
-                    if best is None or score > best[1]:
-                        best, save_now = (step, score), True
-                if save_now:
-                    place = batches.get_state()
-                    checkpoints.save(Progress(step, place, best, meter.get_state()), state)
-            if stop and not last:
+                if evaluate_now and not stop:
+                    try:
+                        validation = evaluate(
+                            task, program, state.evaluated, dataset.validation, must_stop
+                        )
+                    except StoppedError as stopped:
+                        stop = stopped.number
+                    else:
+                        log(logs.of_metrics(step, "validation", validation))
+                        best = better(step, validation, best)
+                if save_now or stop or (best and best[0] == step):
+                    evaluated = not (evaluate_now and stop)  # else it is when the run continues
+                    progress = Progress(
+                        step, batches.get_state(), best, meter.get_state(), evaluated
+                    )
+                    checkpoints.save(progress, state)
+            if stop:
                 raise StoppedError(
                     f"Stopped by a signal at step {step} of {training.steps}. The state is saved; "
                     "continue with --resume.",
@@ -481,16 +495,34 @@ def train(
 # --8<-- [end:loop]
 
 
-def evaluate(task: Task, program: Program, network: Network, images: data.Source) -> Metrics:
-    """The metrics of a network on all images of a split."""
+def evaluate(
+    task: Task,
+    program: Program,
+    network: Network,
+    images: data.Source,
+    must_stop: Callable[[], int] = lambda: 0,
+) -> Metrics:
+    """The metrics of a network on all images of a split.
+
+    Raises:
+        StoppedError: If ``must_stop()`` is the number of a signal.
+    """
+
+    def predictions(on_devices: Iterable[Batch]) -> Iterator[Predictions]:
+        for batch in on_devices:
+            if number := must_stop():
+                raise StoppedError(
+                    "Stopped by a signal in an evaluation. Continue with --resume.", number
+                )
+            yield program.evaluate(network, batch)
+
     config, n_devices = task.config, task.mesh.size
     batch_size = -(-config.training.evaluation_batch_size // n_devices) * n_devices
     batches = data.evaluation_batches(
         images, config.data, batch_size=batch_size, **devices.process()
     )
     with data.to_device(batches, devices.batch_sharding(task.mesh)) as on_devices:
-        predictions = (program.evaluate(network, batch) for batch in on_devices)
-        return metrics.summarise(predictions, task.model.n_classes)
+        return metrics.summarise(predictions(on_devices), task.model.n_classes)
 
 
 def export(task: Task, dataset: Dataset, network: Network) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from examples.common.data.config import DataConfig
+from examples.common.data.duplicates import shared_images
 from examples.common.data.folders import open_folder
 from examples.common.data.sources import Source, open_tfds
 from examples.common.data.splits import split
@@ -69,8 +70,7 @@ def load(config: DataConfig) -> Dataset:
                 f"{folder} is a folder of images, and data_dir is for tensorflow-datasets; got "
                 f"{config.data_dir}. Set only one of them."
             )
-        published, class_names, left_out = open_folder(folder)
-        notes = [f"left out: {each}" for each in left_out]
+        published, class_names, notes = open_folder(folder)
     elif folder.exists():
         raise ValueError(
             f"{folder} is a file, and a data set is a folder of images. If it is an archive, "
@@ -81,6 +81,8 @@ def load(config: DataConfig) -> Dataset:
     else:
         published, class_names = open_tfds(config.dataset, config.data_dir)
     parts = split(published, config, class_names)
+    if folder.is_dir():
+        notes += shared_images(*parts)
     if "validation" in published and "test" not in published:
         notes.append("The validation images of the data set are the test images.")
     return Dataset(config.dataset, *parts, class_names, notes=tuple(notes))

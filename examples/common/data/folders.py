@@ -9,7 +9,7 @@ import functools
 import os
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,15 @@ SPLITS = {
 _SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
 # A name that says split, such as train_images, val2017 or TestSet.
 _LIKE_SPLIT = re.compile(rf"({'|'.join(_SPLIT_OF)})(set|data|[^a-z]|$)")
-_OF_SYSTEMS = ("__MACOSX", "@eaDir")  # forks of macOS, thumbnails of network drives
+# Forks of macOS, thumbnails of network drives, what was deleted, and the like.
+_OF_SYSTEMS = (
+    "__MACOSX",
+    "@eaDir",
+    "lost+found",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "__pycache__",
+)
 _LISTED = 3
 
 
@@ -68,10 +76,10 @@ def find_images(folder: Path, *, subfolders: bool = True) -> Found:
             path = place / entry.name
             if _is_hidden(entry.name):
                 found.left_out.append((path, "hidden files or folders"))
-            elif entry.is_dir():
+            elif _is(entry.is_dir):
                 if subfolders:
                     visit(path)
-            elif reason := _why_no_image(path, is_file=entry.is_file()):
+            elif reason := _why_no_image(path, is_file=_is(entry.is_file)):
                 found.left_out.append((path, reason))
             else:
                 found.images.append(path)
@@ -100,7 +108,7 @@ def open_folder(root: Path) -> tuple[dict[str, Source], tuple[str, ...], list[st
 
     Returns:
         The splits; the class names in the order of their labels (alphabetical); and, in words, what
-        is left out.
+        is left out and what may not be as it was meant.
 
     Raises:
         ValueError: If a class is empty, unknown to ``train`` or the only one; or if it is not
@@ -111,17 +119,21 @@ def open_folder(root: Path) -> tuple[dict[str, Source], tuple[str, ...], list[st
     class_names = tuple(sorted(classes["train"]))
     if len(class_names) < 2:
         inner = [each for each in classes["train"].values() if len(_subfolders(each)) > 1]
+        loose = len(find_images(folders["train"], subfolders=False).images)
         raise ValueError(
             f"{folders['train']} must have a folder of images for each of two or more classes; "
-            f"it has {len(class_names)}: {', '.join(class_names) or 'none'}."
+            f"it has {len(class_names)}: {', '.join(class_names) or 'none'}"
+            + (f", and {loose} images in no folder." if loose else ".")
             + "".join(f" To read the folders in it, give {each}." for each in inner)
         )
+    notes = _nested(classes["train"])
     sources = {}
     for split, folder in folders.items():
         files, labels, not_taken = _class_images(folder, classes[split], class_names)
         sources[split] = Source(FolderImages(root, tuple(files), np.array(labels, np.int32)))
         left_out += not_taken
-    return sources, class_names, listing(left_out, root)
+    notes += [f"left out: {each}" for each in listing(left_out, root)]
+    return sources, class_names, notes
 
 
 def _splits(root: Path) -> tuple[dict[str, Path], list[tuple[Path, str]]]:
@@ -208,6 +220,40 @@ def _classes(folder: Path) -> dict[str, Path]:
     return classes
 
 
+def _nested(classes: Mapping[str, Path]) -> list[str]:
+    """In words, that the classes could as well be the folders within those that are taken as such.
+
+    Raises:
+        ValueError: If a class folder has other classes or splits in it, and no images of its own.
+    """
+    inner = {}
+    for name, folder in classes.items():
+        names = {normalized(each.name) for each in _subfolders(folder)}
+        if not names or _has_images(folder):
+            continue
+        inner[name] = names
+        if found := sorted(names & classes.keys()):
+            raise ValueError(
+                f"{folder} is taken as a class, and has no images but folders with the names of "
+                f"other classes: {', '.join(found[:_LISTED])}. If it is a split, rename it to one "
+                f"of {_names_of_splits()}, beside folders of the other splits."
+            )
+        splits = [each for each in sorted(names) if each.casefold() in _SPLIT_OF]
+        if len({_SPLIT_OF[each.casefold()] for each in splits}) > 1:
+            raise ValueError(
+                f"{folder} is taken as a class, and has no images but the splits "
+                f"{', '.join(splits)}. Put the splits outside, and in each of them a folder for "
+                f"each class, such as {splits[0]}/{folder.name}."
+            )
+    same = sorted(set.intersection(*inner.values())) if len(inner) == len(classes) else []
+    if len(same) < 2:
+        return []
+    return [
+        f"The classes have no images of their own, and all have folders of the same names, "
+        f"{', '.join(same[:_LISTED])}. If these are the classes, put them outside."
+    ]
+
+
 def _class_images(
     folder: Path, classes: Mapping[str, Path], class_names: Sequence[str]
 ) -> tuple[list[Path], list[int], list[tuple[Path, str]]]:
@@ -238,9 +284,20 @@ def _class_images(
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(
-        entry for entry in folder.iterdir() if entry.is_dir() and not _is_hidden(entry.name)
-    )
+    with os.scandir(folder) as entries:
+        return sorted(
+            folder / entry.name
+            for entry in entries
+            if not _is_hidden(entry.name) and _is(entry.is_dir)
+        )
+
+
+def _is(question: Callable[[], bool]) -> bool:
+    """The answer of an entry of a folder; no for a link that leads to itself, which is an error."""
+    try:
+        return question()
+    except OSError:
+        return False
 
 
 def _is_hidden(name: str) -> bool:

@@ -4,11 +4,12 @@ import io
 import re
 import struct
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from examples.common.data.config import DataConfig
 
@@ -86,8 +87,11 @@ def decode(data: bytes, name: str) -> np.ndarray:
             if (bare := _without_metadata(data)) == data:
                 raise
             return _decode(bare)
+    except UnidentifiedImageError as error:  # its text is of the buffer
+        reason = "it is no image that Pillow can open" if data else "it is empty"
+        raise CorruptImageError(name, reason) from error
     except Exception as error:  # the decoders of Pillow raise many types
-        reason = "it is empty" if not data else f"{type(error).__name__}: {error}".rstrip(".: ")
+        reason = f"{type(error).__name__}: {error}".rstrip(".: ")
         raise CorruptImageError(name, reason) from error
 
 
@@ -131,6 +135,8 @@ def pad_margin(size: int) -> int:
 
 
 def _decode(data: bytes) -> np.ndarray:
+    if data.startswith(_PNG) and data[24:26] == b"\x10\x04":
+        return _decode_grey_and_alpha(data)
     with Image.open(io.BytesIO(data)) as image:
         tiles = image.tile
         image.load()
@@ -142,6 +148,21 @@ def _decode(data: bytes) -> np.ndarray:
             high, low = np.asarray(pixels).astype(np.uint16), np.asarray(_to_rgb(image))
         pixels = Image.fromarray(_to_8_bits(256 * high + low))
     return np.array(pixels if turn is None else pixels.transpose(turn))
+
+
+def _decode_grey_and_alpha(data: bytes) -> np.ndarray:
+    """A PNG with 16 bits of grey and of transparency, of which Pillow takes the high bytes.
+
+    Its pixels are four bytes, and can be read as red, green, blue and transparency of 8 bits.
+    """
+    header = bytearray(data[12:29])
+    header[12:14] = b"\x08\x06"
+    checksum = struct.pack(">I", zlib.crc32(header))
+    with Image.open(io.BytesIO(data[:12] + header + checksum + data[33:])) as image:
+        image.load()
+        parts, turn = np.asarray(image).astype(np.uint16), _turn(image)
+    grey = Image.fromarray(_to_8_bits(256 * parts[..., 0] + parts[..., 1]))
+    return np.array((grey if turn is None else grey.transpose(turn)).convert("RGB"))
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -78,6 +78,12 @@ class Source:
         known = isinstance(self._images, FolderImages) or "labels" in vars(self._images)
         return len(np.unique(self.labels)) if known else None
 
+    @property
+    def files(self) -> list[Path]:
+        """The files of the images; none in a data set that stores them otherwise."""
+        files = self._images.files if isinstance(self._images, FolderImages) else ()
+        return [files[index] for index in self._indices] if files else []
+
     def is_part_of(self, other: "Source") -> bool:
         """Whether both are parts of the same images."""
         return self._images is other._images
@@ -254,7 +260,7 @@ def tfds_builder(name: str, data_dir: str | None) -> Any:
         ValueError: If there is no such data set.
         ImportError: Without tensorflow-datasets.
     """
-    neither = f"{name} is neither a folder here nor a name of tensorflow-datasets."
+    neither = f"{printable(name)} is neither a folder here nor a name of tensorflow-datasets."
     # Names of files and of the Hugging Face hub can have other characters.
     if not re.fullmatch(r"\w+(:[\w.*]+)?(/[^\\]+)?(:[\w.*]+)?", name):
         raise ValueError(neither)
@@ -271,5 +277,6 @@ def tfds_builder(name: str, data_dir: str | None) -> Any:
         return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(neither) from error
-    except AssertionError as error:  # for a version that there is not
-        raise ValueError(str(error)) from error
+    # For a version or a configuration that there is not, and for a path: its grammar comes last.
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"{neither} {str(error).strip().splitlines()[0]}") from error
