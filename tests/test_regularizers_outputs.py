@@ -291,8 +291,9 @@ def test_padding_does_not_count_whatever_it_holds(name, compiled):
             ("sum", each[KEPT].sum()),
             ("none", np.where(KEPT, each, 0)),
         ):
-            of_s = functools.partial(fun, t=padded_t, where=KEPT, reduction=reduction)
-            np.testing.assert_allclose(compiled(of_s)(padded_s), wanted, rtol=1e-5, atol=1e-7)
+            masked = compiled(functools.partial(fun, where=KEPT, reduction=reduction))
+            got = masked(padded_s, padded_t)
+            np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-7)
         grad = compiled(jax.grad(lambda s, t=padded_t: fun(s, t, where=KEPT)))(padded_s)
         assert np.all(np.asarray(grad)[~KEPT] == 0)
         whole = jax.grad(lambda s: fun(s, t, reduction="none")[KEPT].mean())(s)
