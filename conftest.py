@@ -1,5 +1,6 @@
 """What every test of the project runs under, and the runner of the code in README and docs."""
 
+import importlib.util
 import os
 
 # Before JAX looks for devices: eight of them, so that sharding is real on any machine.
@@ -10,6 +11,13 @@ os.environ["XLA_FLAGS"] = (
 
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+
+# The docstrings of these modules use the framework that they are for.
+collect_ignore = [
+    f"dtnh_jax/{module}.py"
+    for module, package in (("nnx", "flax"), ("equinox", "equinox"))
+    if importlib.util.find_spec(package) is None
+]
 
 pytest_collect_file = Sybil(
     parsers=[PythonCodeBlockParser(), SkipParser()],

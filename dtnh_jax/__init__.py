@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from dtnh_jax import regularizers, weightings
+from dtnh_jax import equinox, nnx, regularizers, weightings
 from dtnh_jax._accumulation import accumulate_pairs
 from dtnh_jax._combine import combine_pair
 from dtnh_jax._decoupled import add_l2_sp, decoupled
@@ -48,11 +48,13 @@ __all__ = [
     "dtnh_adamw",
     "dtnh_sgd",
     "dynamic_barrier",
+    "equinox",
     "every_k_steps",
     "gradient_cosine",
     "held_out",
     "imtl_g",
     "mgda",
+    "nnx",
     "pcgrad",
     "regularizers",
     "transform_pair",

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
-from dtnh_jax._numerics import compute_dtype, widened
+from dtnh_jax._numerics import compute_dtype, ratio, widened
 from dtnh_jax._pair import GradientPair, takes_pairs
-from dtnh_jax._tree import PyTree, is_absent, lay_over
+from dtnh_jax._tree import PyTree, is_absent, is_array, lay_over
 
 
 class AccumulationState(NamedTuple):
@@ -17,12 +17,14 @@ class AccumulationState(NamedTuple):
 
     Attributes:
         mini_step: Micro-batches since the last step, an ``int32`` scalar.
-        sums: The sums of both gradients over them, two trees like params.
+        sums: The weighted sums of both gradients over them, two trees like params.
+        weights: The sums of their weights, a scalar for each gradient.
         optimizer: The state of what is accumulated for.
     """
 
     mini_step: jax.Array
     sums: GradientPair
+    weights: GradientPair
     optimizer: Any
 
 
@@ -34,10 +36,16 @@ def accumulate_pairs(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Averages pairs over `every_k` micro-batches, then takes one step with the mean.
 
-    $$\bar a = \frac1k\sum_{i=1}^{k} a_i, \qquad \bar b = \frac1k\sum_{i=1}^{k} b_i, \qquad
+    $$\bar a = \frac{\sum_i n_i\,a_i}{\sum_i n_i}, \qquad
+    \bar b = \frac{\sum_i n_i\,b_i}{\sum_i n_i}, \qquad
     u = \text{optimizer}(\bar a, \bar b)$$
 
     The pair-aware twin of `optax.MultiSteps`: `k` micro-batches of equal size equal one big batch.
+    Where they are of unequal size, such as numbers of tokens, give `update` the size $n_i$ of each
+    as the extra argument `micro_batch_weight`, which is 1 by default; or a tuple of two, where loss
+    and regularizer are means over different numbers. A micro-batch of size 0 takes no
+    part, whatever its gradients are. If all sizes are 0, the mean is 0.
+
     To project each micro-batch and average the directions is another method; `optax.MultiSteps`
     around a rule would average the loss gradients alone. A leaf that is `None` in some of the
     micro-batches counts there as zero. If it is `None` in the last one, its sum waits for the next
@@ -56,7 +64,7 @@ def accumulate_pairs(
     Raises:
         ValueError: If `every_k` is less than 1.
         TypeError: If `every_k` is not an integer; at `update`, if one tree comes where a pair is
-            expected.
+            expected, or `micro_batch_weight` is no scalar or two.
 
     Examples:
         >>> import jax.numpy as jnp, optax, dtnh_jax
@@ -69,6 +77,15 @@ def accumulate_pairs(
         >>> second, state = tx.update((jnp.array([3.0]), jnp.array([30.0])), state, params)
         >>> print(first, second)
         [0.] [-22.]
+
+        Micro-batches of 3 and of 1 tokens:
+
+        >>> pair = (jnp.array([1.0]), jnp.array([10.0]))
+        >>> first, state = tx.update(pair, state, params, micro_batch_weight=3)
+        >>> pair = (jnp.array([5.0]), jnp.array([30.0]))
+        >>> second, state = tx.update(pair, state, params, micro_batch_weight=1)
+        >>> print(second)
+        [-17.]
 
     References:
         Wan et al., ICDM 2019 (arXiv:1911.07489), for the step; the accumulation is that of
@@ -92,21 +109,29 @@ def accumulate_pairs(
         return AccumulationState(
             mini_step=jnp.zeros([], jnp.int32),
             sums=GradientPair(zeros(params), zeros(params)),
+            weights=GradientPair(jnp.zeros([]), jnp.zeros([])),
             optimizer=inner.init(params),
         )
 
     def update(
-        pair: GradientPair, state: Any, params: PyTree | None, **extra_args: Any
+        pair: GradientPair,
+        state: Any,
+        params: PyTree | None,
+        *,
+        micro_batch_weight: Any = 1.0,
+        **extra_args: Any,
     ) -> tuple[PyTree, Any]:
+        each = _weights(micro_batch_weight)
         sums = GradientPair(
-            _added(state.sums.loss_grads, pair.loss_grads, "loss_grads"),
-            _added(state.sums.reg_grads, pair.reg_grads, "reg_grads"),
+            _added(state.sums.loss_grads, pair.loss_grads, each.loss_grads, "loss_grads"),
+            _added(state.sums.reg_grads, pair.reg_grads, each.reg_grads, "reg_grads"),
         )
+        weights = jax.tree.map(lambda old, new: old + new.astype(old.dtype), state.weights, each)
 
         def step(sums: GradientPair, optimizer_state: Any) -> tuple[PyTree, GradientPair, Any]:
             means = GradientPair(
-                _means(sums.loss_grads, pair.loss_grads, every_k),
-                _means(sums.reg_grads, pair.reg_grads, every_k),
+                _means(sums.loss_grads, pair.loss_grads, weights.loss_grads),
+                _means(sums.reg_grads, pair.reg_grads, weights.reg_grads),
             )
             steps, optimizer_state = inner.update(means, optimizer_state, params, **extra_args)
             # What the last micro-batch has no gradient for waits for a step that has.
@@ -119,26 +144,47 @@ def accumulate_pairs(
             zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), like)
             return zero, sums, optimizer_state
 
-        steps, sums, optimizer_state = jax.lax.cond(
-            state.mini_step == every_k - 1, step, wait, sums, state.optimizer
-        )
+        is_last = state.mini_step == every_k - 1
+        steps, sums, optimizer_state = jax.lax.cond(is_last, step, wait, sums, state.optimizer)
         return steps, AccumulationState(
-            mini_step=(state.mini_step + 1) % every_k, sums=sums, optimizer=optimizer_state
+            mini_step=(state.mini_step + 1) % every_k,
+            sums=sums,
+            weights=jax.tree.map(lambda total: jnp.where(is_last, 0, total), weights),
+            optimizer=optimizer_state,
         )
 
     return takes_pairs(init, update)
 
 
-def _added(sums: PyTree, grads: PyTree, what: str) -> PyTree:
-    """``sums + grads`` in the dtypes of ``sums``, which stay as they are where nothing comes."""
+def _weights(micro_batch_weight: Any) -> GradientPair:
+    """The weight of a micro-batch for each of the two gradients."""
+    two = micro_batch_weight
+    if not isinstance(two, tuple | list):
+        two = (two, two)
+    if len(two) != 2 or not all(is_array(weight) and jnp.ndim(weight) == 0 for weight in two):
+        raise TypeError(
+            "micro_batch_weight must be a number, such as the number of tokens in the micro-batch, "
+            f"or one for the loss and one for the regularizer; got {micro_batch_weight!r}."
+        )
+    return GradientPair(*map(jnp.asarray, two))
+
+
+def _added(sums: PyTree, grads: PyTree, weight: jax.Array, what: str) -> PyTree:
+    """``sums + weight · grads`` in the dtypes of ``sums``, as they are where nothing comes."""
     leaves, treedef = jax.tree.flatten(sums, is_leaf=is_absent)
     entries = lay_over(grads, sums, what=what, over="params", one_for_many=False)
     return treedef.unflatten(
         [
-            total if is_absent(grad) else total + jnp.asarray(grad).astype(total.dtype)
+            total if is_absent(grad) else total + _weighted(weight, grad, total.dtype)
             for total, grad in zip(leaves, entries, strict=True)
         ]
     )
+
+
+def _weighted(weight: jax.Array, grad: Any, dtype: Any) -> jax.Array:
+    # The mean over nothing is often no number.
+    grad = jnp.where(weight == 0, 0, jnp.asarray(grad).astype(dtype))
+    return weight.astype(dtype) * grad
 
 
 def _left(sums: PyTree, grads: PyTree) -> PyTree:
@@ -153,13 +199,15 @@ def _left(sums: PyTree, grads: PyTree) -> PyTree:
     )
 
 
-def _means(sums: PyTree, grads: PyTree, every_k: int) -> PyTree:
-    """``sums / every_k`` in the dtypes of ``grads``, absent where those are."""
+def _means(sums: PyTree, grads: PyTree, weight: jax.Array) -> PyTree:
+    """``sums / weight`` in the dtypes of ``grads``, absent where those are."""
     entries = lay_over(grads, sums, what="grads", over="params", one_for_many=False)
     leaves, treedef = jax.tree.flatten(sums, is_leaf=is_absent)
     return treedef.unflatten(
         [
-            None if is_absent(grad) else (total / every_k).astype(jnp.result_type(grad))
+            None
+            if is_absent(grad)
+            else ratio(total, weight.astype(total.dtype)).astype(jnp.result_type(grad))
             for total, grad in zip(leaves, entries, strict=True)
         ]
     )

@@ -8,7 +8,7 @@ import optax
 
 from dtnh_jax._combine import BoundBy, RegWeight, combine_pair, pair_changes
 from dtnh_jax._geometry import scaled, total
-from dtnh_jax._layout import Mask, Scope
+from dtnh_jax._layout import Mask, Scope, lay_out
 from dtnh_jax._numerics import compute_dtype
 from dtnh_jax._pair import GradientPair, takes_pairs
 from dtnh_jax._reference import Reference
@@ -16,6 +16,8 @@ from dtnh_jax._rules import OnConflict, dtnh_weighting, renamed
 from dtnh_jax._transform_pair import transform_pair
 from dtnh_jax._tree import PyTree
 from dtnh_jax.regularizers import l2_sp_gradient
+
+_NOT_GIVEN: Any = object()
 
 
 class DecoupledState(NamedTuple):
@@ -146,8 +148,20 @@ def _times_rate(reg_weight: RegWeight, rate: optax.ScalarOrSchedule) -> RegWeigh
     return lambda count: _at(reg_weight, count) * _at(rate, count)  # type: ignore[operator]
 
 
+class StartState(NamedTuple):
+    """State of :func:`add_l2_sp` that holds where it began.
+
+    Attributes:
+        start: A copy of the params that init saw, where the regularizer reaches.
+        rule: The state of the rule.
+    """
+
+    start: Any
+    rule: Any
+
+
 def add_l2_sp(
-    pretrained: PyTree,
+    pretrained: PyTree | Literal["init", "argument"],
     reg_weight: RegWeight,
     *,
     on_conflict: OnConflict = "project",
@@ -174,7 +188,14 @@ def add_l2_sp(
 
     Args:
         pretrained: $w_0$, with the structure and shapes of params; `None` in the place of a leaf
-            or a subtree that has none, such as a new head.
+            or a subtree that has none, such as a new head. A tree given here is a constant of the
+            program: `jax.jit` compiles it in, and refuses it if it spans several processes. In
+            place of a tree:
+
+            - `"init"`: the params that `init` sees. A copy of them is kept in the state, sharded
+              and saved with it. Exclude a new head by `mask`. After a restart, restore the state;
+              `init` with trained params would start from them.
+            - `"argument"`: the extra argument `source_params` of `update`, a tree as above.
         reg_weight: $\lambda \ge 0$, as in [`dtnh`][dtnh_jax.dtnh].
         on_conflict: As in [`dtnh`][dtnh_jax.dtnh].
         max_ratio: As in [`dtnh`][dtnh_jax.dtnh], relative to the incoming update. With
@@ -192,9 +213,10 @@ def add_l2_sp(
         An `optax.GradientTransformationExtraArgs`.
 
     Raises:
-        ValueError: At `update`, without params, or if `pretrained` does not match them; and as
+        ValueError: At `update`, without params, or if `pretrained` does not match them; for another
+            string; and as [`dtnh`][dtnh_jax.dtnh] does.
+        TypeError: At `update`, without `source_params` where they are to be given; and as
             [`dtnh`][dtnh_jax.dtnh] does.
-        TypeError: As [`dtnh`][dtnh_jax.dtnh] does.
 
     Examples:
         >>> import jax.numpy as jnp, optax, dtnh_jax
@@ -207,6 +229,14 @@ def add_l2_sp(
         >>> updates, state = tx.update(jnp.array([1.0, 0.0]), tx.init(params), params)
         >>> print(updates.round(3))
         [-0.2 -0.1]
+
+        Towards the params that the optimizer began with:
+
+        >>> tx = optax.chain(dtnh_jax.add_l2_sp("init", reg_weight=0.5), optax.sgd(1.0))
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update(jnp.array([1.0, 0.0]), state, params + 4.0)
+        >>> print(updates)
+        [-3. -2.]
 
     References:
         Li, Grandvalet, Davoine, ICML 2018 (arXiv:1802.01483), for L2-SP; Wan et al., ICDM 2019
@@ -223,17 +253,49 @@ def add_l2_sp(
         diagnostics=diagnostics,
     )
 
+    where = pretrained if isinstance(pretrained, str) else "given"
+    if where not in ("init", "argument", "given"):
+        raise ValueError(
+            "pretrained must be a tree like params, or 'init' for the params that init sees, or "
+            f"'argument' for source_params= of update; got {pretrained!r}."
+        )
+
+    def init(params: PyTree) -> Any:
+        state = rule.init(params)
+        if where != "init":
+            return state
+        layout = lay_out(params, "global", mask)
+        # A copy, so that params and state can both be donated.
+        return StartState(layout.only_reached([jnp.copy(x) for x in layout.leaves]), state)
+
     def update(
-        updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any
+        updates: PyTree,
+        state: Any,
+        params: PyTree | None = None,
+        *,
+        source_params: PyTree = _NOT_GIVEN,
+        **extra_args: Any,
     ) -> tuple[PyTree, Any]:
         if params is None:
             raise ValueError(
                 "add_l2_sp needs the params, which it pulls towards the pre-trained ones: call "
                 "tx.update(grads, state, params)."
             )
+        start = state.start if where == "init" else pretrained
+        if where == "argument":
+            if source_params is _NOT_GIVEN:
+                raise TypeError(
+                    "add_l2_sp('argument', ...) needs the pre-trained params at each step: call "
+                    "tx.update(grads, state, params, source_params=pretrained)."
+                )
+            start = source_params
         # The conjugate of a gradient points where the weight does: for complex leaves it is w - w0,
         # as what `optax.add_decayed_weights` adds is w.
-        pull = jax.tree.map(jnp.conj, l2_sp_gradient(params, pretrained))
-        return rule.update(GradientPair(updates, pull), state, params, **extra_args)
+        pull = jax.tree.map(jnp.conj, l2_sp_gradient(params, start, mask=mask))
+        rule_state = state.rule if where == "init" else state
+        updates, rule_state = rule.update(
+            GradientPair(updates, pull), rule_state, params, **extra_args
+        )
+        return updates, StartState(start, rule_state) if where == "init" else rule_state
 
-    return optax.GradientTransformationExtraArgs(rule.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

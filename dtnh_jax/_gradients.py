@@ -1,6 +1,7 @@
 """From an objective of two terms to the pair of their gradients."""
 
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +40,10 @@ def value_and_gradient_pair(
 
     Raises:
         TypeError: When called, if ``fun`` returns something else, ``loss`` or ``reg`` is no real
-            floating-point scalar, or the argument to differentiate by holds integers.
+            floating-point scalar, or the argument to differentiate by holds integers or is a module
+            of Flax NNX. For modules, use
+            [`dtnh_jax.nnx.value_and_gradient_pair`][dtnh_jax.nnx.value_and_gradient_pair] and
+            [`dtnh_jax.equinox.filter_value_and_gradient_pair`][dtnh_jax.equinox.filter_value_and_gradient_pair].
 
     Examples:
         >>> import jax, jax.numpy as jnp, dtnh_jax
@@ -59,45 +63,60 @@ def value_and_gradient_pair(
     @functools.wraps(fun)
     def value_and_pair(*args: Any, **kwargs: Any) -> Any:
         wrt, fun_of_wrt = _split_arguments(fun, argnums, args, kwargs)
-
-        def terms(wrt: PyTree) -> Any:
-            return _checked_terms(fun_of_wrt(wrt), has_aux)
-
-        (loss, reg), tangents, aux = jax.linearize(terms, wrt, has_aux=True)
-
-        def gradient(pick: Callable[[Any], jax.Array]) -> tuple[PyTree, Callable[..., Any]]:
-            # A transpose of one linear map for each gradient, not pull-backs with a zero: a zero
-            # would be carried through the whole network, which XLA does not simplify away.
-            def tangent(wrt: PyTree) -> jax.Array:
-                return pick(tangents(wrt))
-
-            (grads,) = jax.linear_transpose(tangent, wrt)(jnp.ones_like(pick((loss, reg))))
-            return grads, tangent
-
-        loss_grads, _ = gradient(lambda terms: terms[0])
-        if isinstance(reg, tuple):
-            reg_grads = tuple(
-                _without_unreached(*gradient(lambda terms, k=k: terms[1][k]), wrt)
-                for k in range(len(reg))
-            )
-        else:
-            reg_grads = _without_unreached(*gradient(lambda terms: terms[1]), wrt)
-        pair = GradientPair(loss_grads, reg_grads)
-        return (((loss, reg), aux) if has_aux else (loss, reg)), pair
+        terms, aux, pair = pair_of(lambda wrt: checked_terms(fun_of_wrt(wrt), has_aux), wrt)
+        return ((terms, aux) if has_aux else terms), pair
 
     return value_and_pair
+
+
+def pair_of(
+    terms: Callable[[PyTree], tuple[tuple[jax.Array, Any], Any]], wrt: PyTree
+) -> tuple[tuple[jax.Array, Any], Any, GradientPair]:
+    """Loss and regularizer at ``wrt``, the auxiliary data, and the pair of gradients.
+
+    Args:
+        terms: What :func:`checked_terms` returns, as a function of ``wrt``.
+        wrt: A tree of floating-point or complex arrays.
+    """
+    (loss, reg), tangents, aux = jax.linearize(terms, wrt, has_aux=True)
+
+    def gradient(pick: Callable[[Any], jax.Array]) -> tuple[PyTree, Callable[..., Any]]:
+        # A transpose of one linear map for each gradient, not pull-backs with a zero: a zero
+        # would be carried through the whole network, which XLA does not simplify away.
+        def tangent(wrt: PyTree) -> jax.Array:
+            return pick(tangents(wrt))
+
+        (grads,) = jax.linear_transpose(tangent, wrt)(jnp.ones_like(pick((loss, reg))))
+        return grads, tangent
+
+    loss_grads, _ = gradient(lambda terms: terms[0])
+    if isinstance(reg, tuple):
+        reg_grads = tuple(
+            _without_unreached(*gradient(lambda terms, k=k: terms[1][k]), wrt)
+            for k in range(len(reg))
+        )
+    else:
+        reg_grads = _without_unreached(*gradient(lambda terms: terms[1]), wrt)
+    return (loss, reg), aux, GradientPair(loss_grads, reg_grads)
+
+
+def check_positions(
+    numbers: Sequence[int], args: Sequence[Any], caller: str = "value_and_gradient_pair"
+) -> None:
+    """Raises an error if one of ``numbers`` is no position of ``args``."""
+    if not all(-len(args) <= number < len(args) for number in numbers):
+        by = ", ".join(map(str, numbers))
+        raise TypeError(
+            f"{caller} differentiates by positional argument {by}, but the function was called "
+            f"with {len(args)} positional arguments. Pass params by position, or set argnums."
+        )
 
 
 def _split_arguments(
     fun: Callable[..., Any], argnums: int | Sequence[int], args: Sequence[Any], kwargs: Any
 ) -> tuple[PyTree, Callable[[PyTree], Any]]:
     numbers = (argnums,) if isinstance(argnums, int) else tuple(argnums)
-    if not all(-len(args) <= number < len(args) for number in numbers):
-        raise TypeError(
-            f"value_and_gradient_pair differentiates by positional argument {argnums}, but the "
-            f"function was called with {len(args)} positional arguments. Pass params by "
-            "position, or set argnums."
-        )
+    check_positions(numbers, args)
 
     def fun_of_wrt(wrt: PyTree) -> Any:
         replaced = list(args)
@@ -106,24 +125,58 @@ def _split_arguments(
         return fun(*replaced, **kwargs)
 
     wrt = tuple(args[number] for number in numbers)
+    _check_no_nnx_module(wrt)
     for path, leaf in zip(leaf_paths(wrt, absent=False), jax.tree.leaves(wrt), strict=True):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        dtype = jnp.result_type(leaf) if is_array(leaf) else None
+        if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
             name = path_name(path if len(wrt) > 1 else path[1:])
+            mend = "Pass what is no such array in another argument."
+            if _holds(wrt, "equinox", "Module"):
+                mend = (
+                    "For an Equinox module use "
+                    "dtnh_jax.equinox.filter_value_and_gradient_pair, which takes its "
+                    "floating-point arrays, or equinox.partition."
+                )
             raise TypeError(
                 "value_and_gradient_pair differentiates by floating-point or complex arrays; got "
-                f"{jnp.result_type(leaf)} at {name!r}. Pass what is no such array in another "
-                "argument."
+                f"{dtype or type(leaf).__name__} at {name!r}. {mend}"
             )
     return (wrt[0] if isinstance(argnums, int) else wrt), fun_of_wrt
 
 
-def _checked_terms(result: Any, has_aux: bool) -> tuple[tuple[jax.Array, Any], Any]:
+def _holds(tree: PyTree, framework: str, *names: str) -> bool:
+    """Whether ``tree`` holds an object of one of the framework's classes, if that is imported."""
+    module = sys.modules.get(framework)
+    kinds = tuple(getattr(module, name) for name in names if hasattr(module, name))
+
+    def is_of_kind(node: Any) -> bool:
+        return isinstance(node, kinds)
+
+    return bool(kinds) and any(map(is_of_kind, jax.tree.leaves(tree, is_leaf=is_of_kind)))
+
+
+def _check_no_nnx_module(wrt: PyTree) -> None:
+    # As a pytree it would be differentiated like any other, and what the forward pass changes in
+    # it, such as the statistics of BatchNorm, would be lost with the copy that JAX traces.
+    if _holds(wrt, "flax.nnx", "Pytree", "Object", "Module"):
+        raise TypeError(
+            "value_and_gradient_pair differentiates by trees of arrays; got a module of Flax NNX, "
+            "whose state, such as the statistics of BatchNorm, it would not update. Use "
+            "dtnh_jax.nnx.value_and_gradient_pair, which does, or split the module with "
+            "nnx.split and pass its parameters."
+        )
+
+
+def checked_terms(
+    result: Any, has_aux: bool, caller: str = "value_and_gradient_pair"
+) -> tuple[tuple[jax.Array, Any], Any]:
+    """``((loss, reg), aux)`` of what the function of ``caller`` returned, checked."""
     wanted = "((loss, reg), aux)" if has_aux else "(loss, reg)"
 
     def refuse(got: str) -> None:
         hint = "" if has_aux else " If it returns auxiliary data too, set has_aux=True."
         raise TypeError(
-            f"value_and_gradient_pair needs a function that returns {wanted}, loss and reg real "
+            f"{caller} needs a function that returns {wanted}, loss and reg real "
             f"floating-point scalars; got {got}.{hint}"
         )
 

@@ -52,7 +52,9 @@ def dtnh_sgd(
     )
     ```
 
-    Write the chain yourself to add links, such as weight decay on the loss gradient:
+    To clip gradients, put `transform_pair(loss=clip, reg=clip)` before it in a chain, with
+    `clip = optax.clip_by_global_norm(1.0)`. A clip after it would cut the step. Write the chain
+    yourself to add other links, such as weight decay on the loss gradient:
     `transform_pair(loss=optax.chain(optax.add_decayed_weights(1e-4), optax.trace(0.9)), ...)`.
 
     Args:
@@ -136,7 +138,9 @@ def dtnh_adamw(
     [\langle s_a, s_b\rangle \ge 0]\; s_b + \delta\,w\Bigr).$$
 
     Adam's steps have about the same length whatever the gradient's, so $\lambda$ here is a ratio of
-    steps, not of gradients: 1 already gives the regularizer as much as the loss.
+    steps, not of gradients: 1 already gives the regularizer as much as the loss. Gradients are
+    clipped before it, as in [`dtnh_sgd`][dtnh_jax.dtnh_sgd]: after it, a clip would cut Adam's
+    step, whose length is about the square root of the number of parameters.
 
     Args:
         learning_rate: $\gamma$, a number or an Optax schedule of the step.

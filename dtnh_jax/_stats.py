@@ -1,6 +1,7 @@
 """What a rule remembers of each group's conflict, and how to read it back."""
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -53,6 +54,18 @@ class PairState(NamedTuple):
     groups: dict[str, None]
     reference: Any = optax.EmptyState()
     largest: jax.Array | None = None
+
+
+class TransformPairState(NamedTuple):
+    """State of ``transform_pair``.
+
+    Attributes:
+        loss: The state of the transformation of the loss gradient.
+        reg: The state of that of the regularizer gradient; a tuple with one for each of several.
+    """
+
+    loss: Any
+    reg: Any
 
 
 class Conflict(NamedTuple):
@@ -121,6 +134,10 @@ def conflict_stats(opt_state: Any) -> ConflictStats:
     ``a`` is that reference. A group that the regularizer does not reach reads zero, and is not
     ``reached``; with a ``mask`` it is not listed.
 
+    It sees the whole state, as no link does, and so it warns of momentum that is applied twice:
+    both gradients have one before the rule, as in [`dtnh_sgd`][dtnh_jax.dtnh_sgd], and the
+    direction has another after it.
+
     Args:
         opt_state: The state of a rule of this package, or any nesting of optax states that
             holds one or more. Several are reported side by side; where their groups share a
@@ -163,6 +180,15 @@ def conflict_stats(opt_state: Any) -> ConflictStats:
             f"such as optax.chain(dtnh_jax.dtnh(0.01), optax.sgd(0.1)).init(params); "
             f"got {type(opt_state).__name__} without one."
         )
+    if _has_momentum_twice(opt_state):
+        warnings.warn(
+            "This optimizer has momentum twice: of both gradients before the rule, as in "
+            "dtnh_jax.dtnh_sgd and dtnh_adamw, and of the direction after it. After the rule put "
+            "optax.scale_by_learning_rate(...) in place of optax.sgd(..., momentum) or optax.adam; "
+            "after dtnh_sgd and dtnh_adamw, which have their learning rate, nothing.",
+            UserWarning,
+            stacklevel=2,
+        )
     measurements = [state.measurement for state in states if state.measurement is not None]
     if len(measurements) < len(states):
         raise ValueError(
@@ -182,6 +208,31 @@ def conflict_stats(opt_state: Any) -> ConflictStats:
         not_finite=joined.not_finite,
         groups=unique([name for state in states for name in state.groups]),
     )
+
+
+def _has_momentum_twice(state: Any) -> bool:
+    """Whether a chain's state has a momentum after a rule that compares momenta."""
+    if not isinstance(state, tuple):
+        return isinstance(state, dict) and any(map(_has_momentum_twice, state.values()))
+    if type(state) is tuple:  # the state of a chain, in the order of its links
+        firsts = [k for k, link in enumerate(state) if _holds(link, _is_pair_of_momenta)]
+        after = state[firsts[0] + 1 :] if firsts else ()
+        if any(_holds(link, _is_momentum) for link in after):
+            return True
+    return any(map(_has_momentum_twice, state))
+
+
+def _holds(state: Any, is_it: Callable[[Any], bool]) -> bool:
+    return any(map(is_it, jax.tree.leaves(state, is_leaf=is_it)))
+
+
+def _is_pair_of_momenta(state: Any) -> bool:
+    return isinstance(state, TransformPairState) and all(_holds(x, _is_momentum) for x in state)
+
+
+def _is_momentum(state: Any) -> bool:
+    # So are the fields of Optax's momenta named: trace, the average of ema, and Adam's and others'.
+    return bool({"trace", "ema", "mu"} & set(getattr(state, "_fields", ())))
 
 
 def no_measurement(n_rows: int, dtype: Any) -> Measurement:

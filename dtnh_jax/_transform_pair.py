@@ -1,6 +1,6 @@
 """A link from pairs to pairs: any Optax transformation of one gradient, applied to both."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,19 +11,8 @@ from dtnh_jax._combine import as_trees
 from dtnh_jax._layout import Layout, Mask, lay_out
 from dtnh_jax._numerics import widened
 from dtnh_jax._pair import GradientPair, takes_pairs
+from dtnh_jax._stats import TransformPairState
 from dtnh_jax._tree import PyTree
-
-
-class TransformPairState(NamedTuple):
-    """State of :func:`transform_pair`.
-
-    Attributes:
-        loss: The state of the transformation of the loss gradient.
-        reg: The state of that of the regularizer gradient; a tuple with one for each of several.
-    """
-
-    loss: Any
-    reg: Any
 
 
 def transform_pair(

@@ -64,6 +64,12 @@ def _mask(make: Make) -> Make:
     return lambda: optax.masked(make(), {"w": True, "v": False})
 
 
+def _process(*parts: optax.GradientTransformation) -> optax.GradientTransformation:
+    from optax.experimental import aggregating  # newer than the oldest Optax that is supported
+
+    return aggregating.process(*parts)
+
+
 LINKS = [
     Link("identity", optax.identity, WORKS, WORKS),
     Link("scale", lambda: optax.scale(2.0), WORKS),
@@ -117,6 +123,20 @@ WRAPPERS = [
         "conditionally_mask",
         lambda tx: optax.conditionally_mask(tx, lambda step: step < 5),
         BY_OPTAX,
+    ),
+    Wrapper(
+        "experimental.aggregating.process",
+        lambda tx: _process(optax.identity(), tx, optax.identity()),
+        WORKS,
+        BY_OPTAX,
+        "as the aggregator, where a pair becomes one tree",
+    ),
+    Wrapper(
+        "experimental.aggregating.process, postprocessor",
+        lambda tx: _process(optax.identity(), optax.identity(), tx),
+        BY_OPTAX,
+        BY_OPTAX,
+        "make the rule the aggregator",
     ),
     Wrapper(
         "MultiSteps",

@@ -108,6 +108,54 @@ def test_containers_of_gradients_may_be_others_than_those_of_params():
     )
 
 
+SIZES = (5, 1, 2)
+
+
+@pytest.mark.parametrize("compiled", [lambda f: f, jax.jit], ids=["eager", "jit"])
+def test_unequal_micro_batches_are_the_big_batch(compiled):
+    """Exactly: all sums of these whole numbers, and the mean over eight tokens, are exact."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-4, 5, (sum(SIZES), 3)).astype(np.float32))
+    params = {"w": jnp.array([1.0, -2.0, 3.0])}
+
+    @dtnh_jax.value_and_gradient_pair
+    def objective(params, x):
+        return jnp.mean((x @ params["w"]) ** 2), jnp.mean(x @ params["w"])
+
+    inner = optax.chain(dtnh_jax.weighted_sum(0.5), optax.sgd(1.0))
+    tx = dtnh_jax.accumulate_pairs(inner, len(SIZES))
+    update, state = compiled(tx.update), tx.init(params)
+    for _ in range(2):  # what was summed is forgotten after a step
+        for size, part in zip(SIZES, jnp.split(x, np.cumsum(SIZES)[:-1]), strict=True):
+            _, pair = objective(params, part)
+            # The sums of a micro-batch over its size are rounded, so that they are made exact.
+            pair = jax.tree.map(lambda g, size=size: jnp.round(size * g) / size, pair)
+            updates, state = update(pair, state, params, micro_batch_weight=size)
+        wanted, _ = inner.update(objective(params, x)[1], inner.init(params), params)
+        np.testing.assert_array_equal(updates["w"], wanted["w"])
+    plain, plain_state = tx, tx.init(params)
+    for part in jnp.split(x, np.cumsum(SIZES)[:-1]):
+        updates, plain_state = plain.update(objective(params, part)[1], plain_state, params)
+    assert relative_error(updates, wanted) > 0.01  # the mean of the means is another
+
+
+def test_two_weights_and_none_at_all():
+    tx = dtnh_jax.accumulate_pairs(dtnh_jax.weighted_sum(1.0), 2)
+    params = jnp.zeros(1)
+    state = tx.init(params)
+    for a, b, weights in ((1.0, 16.0, (1, 3)), (5.0, 32.0, (3, jnp.array(1.0)))):
+        updates, state = tx.update(
+            (params + a, params + b), state, params, micro_batch_weight=weights
+        )
+    np.testing.assert_array_equal(updates, [4.0 + 20.0])
+    for _ in range(2):
+        updates, state = tx.update((params + jnp.nan,) * 2, state, params, micro_batch_weight=0)
+    np.testing.assert_array_equal(updates, [0.0])
+    for bad in ((1, 2, 3), "1", None, jnp.ones(2)):
+        with pytest.raises(TypeError, match="micro_batch_weight must be a number"):
+            tx.update((params, params), state, params, micro_batch_weight=bad)
+
+
 def test_errors():
     inner = optimizer("sgd")
     with pytest.raises(ValueError, match=r"every_k must be at least 1.*got 0"):

@@ -318,6 +318,29 @@ def test_half_precision_has_momenta_in_float32(dtype):
         assert relative_error(one, other) < 1e-6
 
 
+@pytest.mark.parametrize("make", [dtnh_jax.dtnh_sgd, dtnh_jax.dtnh_adamw])
+def test_bfloat16_params_are_trained_as_if_their_gradients_were_float32(make, standard_promotion):
+    """Momenta of small gradients do not stall, and the params keep their dtype."""
+    tx = make(0.1, 0.5)
+
+    @jax.jit
+    def step(params, state, wide_state):
+        grads = jax.tree.map(lambda x: (x / 512).astype(x.dtype), params)
+        updates, state = tx.update((grads, params), state, params)
+        of_wide = [jax.tree.map(lambda x: x.astype(jnp.float32), x) for x in (grads, params)]
+        wanted, wide_state = tx.update(tuple(of_wide), wide_state, of_wide[1])
+        return optax.apply_updates(params, updates), state, wide_state, updates, wanted
+
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), random_tree(0))
+    states = [tx.init(params), tx.init(jax.tree.map(lambda x: x.astype(jnp.float32), params))]
+    for _ in range(20):
+        params, *states, updates, wanted = step(params, *states)
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+    kinds = {x.dtype for x in jax.tree.leaves(states[0]) if jnp.issubdtype(x.dtype, jnp.floating)}
+    assert kinds == {jnp.dtype(jnp.float32)}
+    assert relative_error(updates, wanted) <= 0.01
+
+
 def test_frozen_leaves_are_none():
     params = {"w": jnp.ones(2), "frozen": None}
     pair = ({"w": jnp.ones(2), "frozen": None}, {"w": jnp.ones(2), "frozen": None})

@@ -1,5 +1,7 @@
 """decoupled and add_l2_sp: the optimizer sees the loss alone, and the regularizer cannot hurt."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -168,6 +170,76 @@ def test_complex_leaves_are_pulled_back_to_where_they_came_from():
         tx = dtnh_jax.decoupled(optax.sgd(0.1), 2.0, learning_rate=0.5)
         updates, _ = tx.update((0 * w, w - w0), tx.init(w), w)
     np.testing.assert_allclose(w + updates, w0)
+
+
+START = {**random_tree(1), "dense": None}
+MASK = {**dict.fromkeys(START, True), "dense": False}
+
+
+def steps_of(tx, params, n=3, **kwargs):
+    """The updates of some steps, jitted, with all buffers of the state donated."""
+    update = jax.jit(tx.update, donate_argnums=1)
+    state, updates = jax.jit(tx.init)(params), []
+    for step in range(n):
+        by, state = update(tree(10 + step), state, params, **kwargs)
+        params = optax.apply_updates(params, by)
+        updates.append(by)
+    return updates, state
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "element"])
+@pytest.mark.parametrize("way", ["init", "argument"])
+def test_the_start_is_that_of_the_tree(way, scope):
+    def made(start, **kwargs):
+        pull = dtnh_jax.add_l2_sp(start, 2.0, scope=scope, **kwargs)
+        return optax.chain(pull, optax.sgd(0.1, momentum=0.9))
+
+    params = jax.tree.map(jnp.asarray, random_tree(1))
+    wanted, _ = steps_of(made(START), params)
+    tx = made(way, mask=MASK)
+    got, _ = steps_of(tx, params, **({"source_params": START} if way == "argument" else {}))
+    assert relative_error(got, wanted) <= 1e-6
+
+
+def test_the_start_in_the_state_is_a_copy_that_stays():
+    params = jax.tree.map(jnp.asarray, random_tree(1))
+    tx = dtnh_jax.add_l2_sp("init", 1.0, mask=MASK)
+    both = jax.jit(lambda params: (params, tx.init(params)))(params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state):
+        updates, state = tx.update(tree(3), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(2):
+        both = step(*both)
+    assert relative_error(both[1].start["block"], random_tree(1)["block"]) == 0
+    assert jax.tree.leaves(both[1].start["dense"]) == []
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    assert {x.dtype for x in jax.tree.leaves(tx.init(half).start)} == {jnp.dtype(jnp.bfloat16)}
+    # The copy is one of the trees that are like params, for sharding rules and the like.
+    tx = dtnh_jax.add_l2_sp("init", 1.0)
+    seen = optax.tree.map_params(tx, lambda x: "like params", tx.init(params))
+    assert set(jax.tree.leaves(seen.start)) == {"like params"}
+
+
+@pytest.mark.parametrize("way", ["init", "argument"])
+def test_the_start_is_no_constant_of_the_program(way):
+    params = {"w": jnp.arange(64.0)}
+    extra = {"source_params": params} if way == "argument" else {}
+    for start, n in ((params, 1), (way, 0)):
+        tx = dtnh_jax.add_l2_sp(start, 1.0)
+        jaxpr = jax.make_jaxpr(tx.update)(params, tx.init(params), params, **extra)
+        assert [const.shape for const in jaxpr.consts].count((64,)) == n
+
+
+def test_where_the_start_comes_from_is_checked():
+    with pytest.raises(ValueError, match=r"'init' for the params that init sees.*got 'start'"):
+        dtnh_jax.add_l2_sp("start", 1.0)
+    tx = dtnh_jax.add_l2_sp("argument", 1.0)
+    params = tree(0)
+    with pytest.raises(TypeError, match=r"source_params=pretrained"):
+        tx.update(params, tx.init(params), params)
 
 
 def test_add_l2_sp_errors():

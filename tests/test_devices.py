@@ -182,7 +182,8 @@ def test_devices_exchange_scalars_alone_and_all_at_once(name):
     tx = OPTIMIZERS.get(name) or silent[name]
     mesh = first_devices(8)
     a, b = (placed(random_tree(i, shapes=tiny_training.SHAPES), mesh, SHARDED) for i in (0, 100))
-    compiled = jax.jit(tx.update).lower((a, b), tx.init(a), a).compile()
+    update = functools.partial(tx.update, source_params=b)
+    compiled = jax.jit(update).lower((a, b), tx.init(a), a).compile()
     found = collectives(compiled.as_text())
     assert {operation for operation, _ in found} <= {"all-reduce"}
     types = [re.findall(r"\w+\[[\d,]*\]", types) for _, types in found]
@@ -203,7 +204,7 @@ def free_port():
 
 
 def test_two_processes(tmp_path):
-    names = ["layer", "average"]
+    names = ["layer", "average", "pull to init", "pull to argument"]
     flags = "--xla_force_host_platform_device_count=2"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     address = f"localhost:{free_port()}"

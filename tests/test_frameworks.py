@@ -386,19 +386,20 @@ def test_the_teacher_runs_on_its_averages_and_stays():
     nnx.update(teacher, {"norm": averages})
     teacher.eval()
     before = jax.tree.map(jnp.copy, nnx.state(teacher, (nnx.Param, nnx.BatchStat)))
-    graph, params, rest = nnx.split(student, nnx.Param, ...)
+    same = nnx_model(code, weights)
 
     hidden = code["dense"](source["backbone"], code["x"]) - averages["mean"]
     hidden = hidden / jnp.sqrt(averages["var"] + 1e-5) * source["norm"]["scale"]
     logits = code["dense"](weights["head"], jax.nn.relu(hidden + source["norm"]["bias"]))
 
-    @jax.jit
-    def stepped(params, rest):
-        _, pair = code["distilled"](params, graph, rest, logits, code["x"], code["labels"])
+    @nnx.jit
+    def stepped(same):
+        _, pair = code["distilled"](same, logits, code["x"], code["labels"])
+        params = nnx.state(same, nnx.Param)
         updates, _ = TX.update(pair, TX.init(params), params)
         return optax.apply_updates(params, updates)
 
-    wanted = nnx.to_pure_dict(stepped(params, rest))
+    wanted = nnx.to_pure_dict(stepped(same))
 
     optimizer = nnx.Optimizer(student, TX, wrt=nnx.Param)
     code["distilling_step"](student, teacher, optimizer, code["x"], code["labels"])

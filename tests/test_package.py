@@ -22,6 +22,8 @@ ROOMS = [
     "_jax_internals",
     "_pair",
     "_gradients",
+    "nnx",
+    "equinox",
     "_reference",
     "_stats",
     "_combine",
@@ -47,7 +49,7 @@ def public():
     names = [(name, getattr(dtnh_jax, name)) for name in dtnh_jax.__all__]
     names += [
         (f"{module}.{name}", getattr(getattr(dtnh_jax, module), name))
-        for module in ("regularizers", "weightings")
+        for module in ("equinox", "nnx", "regularizers", "weightings")
         for name in getattr(dtnh_jax, module).__all__
     ]
     return [(name, value) for name, value in names if not inspect.ismodule(value)]
@@ -64,7 +66,14 @@ def test_import_is_light():
         [sys.executable, "-c", script], check=True, capture_output=True, text=True
     )
     new = set(ast.literal_eval(done.stdout))
-    assert not new & {"flax", "tensorflow", "tensorflow_datasets", "sklearn", "matplotlib"}
+    assert not new & {
+        "flax",
+        "tensorflow",
+        "tensorflow_datasets",
+        "sklearn",
+        "matplotlib",
+        "equinox",
+    }
     assert new <= {"dtnh_jax"} | set(sys.stdlib_module_names)
 
 

@@ -38,6 +38,11 @@ def logit_matching_by_hand(s, t, reduction="mean"):
     return per_batch(np.sum((s - np.float64(t)) ** 2, -1) / 2, reduction)
 
 
+def kl_to_reference_by_hand(s, t, reduction="mean"):
+    ls, lt = log_softmax(s), log_softmax(t)
+    return per_batch(np.sum(np.exp(ls) * (ls - lt), -1), reduction)
+
+
 def label_smoothing_by_hand(s, t, reduction="mean"):
     return per_batch(-np.sum(np.exp(log_softmax(t)) * log_softmax(s), -1), reduction)
 
@@ -51,6 +56,7 @@ PAIRS = [
     ("distillation", distillation_by_hand),
     ("logit_matching", logit_matching_by_hand),
     ("label_smoothing", label_smoothing_by_hand),
+    ("kl_to_reference", kl_to_reference_by_hand),
 ]
 
 
@@ -85,6 +91,7 @@ def test_equal_student_and_teacher():
     assert float(value) == 0
     np.testing.assert_allclose(grad, 0, atol=1e-8)
     assert_zero_there(lambda x: regularizers.logit_matching(x, s), s)
+    assert_zero_there(lambda x: regularizers.kl_to_reference(x, s), s, atol=1e-7)
     value, grad = jax.value_and_grad(regularizers.label_smoothing)(s, s)
     entropy = -np.mean(np.sum(np.exp(log_softmax(s)) * log_softmax(s), -1))
     np.testing.assert_allclose(value, entropy, rtol=1e-6)
@@ -149,7 +156,9 @@ def test_bad_logits():
             fun(s, jnp.ones((4, 6)))
         with pytest.raises(ValueError, match=r"\(\.\.\., classes\)"):
             fun(jnp.ones(()), jnp.ones(()))
-        with pytest.raises(ValueError, match=r"reduction must be 'mean' or 'sum'; got 'batchmean'"):
+        with pytest.raises(
+            ValueError, match=r"reduction must be 'mean', 'sum' or 'none'; got 'batchm"
+        ):
             fun(s, s, reduction="batchmean")
 
 
@@ -234,3 +243,118 @@ def test_a_label_out_of_range_is_no_class(label):
     params = jnp.ones((6, 3))
     fisher = regularizers.fisher_diagonal(lambda params, x: x @ params, params, [(Z, labels)])
     assert np.isnan(fisher).all()
+
+
+# Which examples count
+
+KEPT = np.array([[True, True, False], [True, False, False]])
+
+
+def sampled(estimator):
+    """sampled_kl of the numbers that stand for class 1."""
+
+    def fun(s, t, **kwargs):
+        own, reference = (jnp.asarray(x)[..., 1] for x in (s, t))
+        return regularizers.sampled_kl(own, reference, estimator=estimator, **kwargs)
+
+    return fun
+
+
+def co_tuned(s, t, **kwargs):
+    labels = np.arange(s.size // s.shape[-1]).reshape(s.shape[:-1]) % 2
+    if kwargs.get("where") is KEPT:  # what others take for "ignore"
+        labels = np.where(KEPT, labels, -100)
+    rows = np.float32([[0.5, 0.5, 0, 0, 0], [0, 0, 0.2, 0.3, 0.5]])
+    return regularizers.co_tuning(s, labels, rows, **kwargs)
+
+
+OF_OUTPUTS = {
+    **{name: getattr(regularizers, name) for name, _ in PAIRS},
+    **{estimator: sampled(estimator) for estimator in ("k1", "k2", "k3")},
+    "co_tuning": co_tuned,
+}
+
+
+@pytest.mark.parametrize("compiled", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("name", OF_OUTPUTS)
+def test_padding_does_not_count_whatever_it_holds(name, compiled):
+    fun = OF_OUTPUTS[name]
+    s, t = random_tree(0, shapes=(2, 3, 5)), random_tree(1, shapes=(2, 3, 5))
+    each = fun(s, t, reduction="none")
+    assert each.shape == (2, 3)
+    np.testing.assert_allclose(fun(s, t), each.mean(), rtol=1e-6)
+    np.testing.assert_allclose(fun(s, t, reduction="sum"), each.sum(), rtol=1e-6)
+    for filling in (0.0, np.nan, np.inf, -np.inf):
+        padded_s, padded_t = (np.where(KEPT[..., None], x, np.float32(filling)) for x in (s, t))
+        for reduction, wanted in (
+            ("mean", each[KEPT].mean()),
+            ("sum", each[KEPT].sum()),
+            ("none", np.where(KEPT, each, 0)),
+        ):
+            masked = compiled(functools.partial(fun, where=KEPT, reduction=reduction))
+            got = masked(padded_s, padded_t)
+            np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-7)
+        grad = compiled(jax.grad(lambda s, t=padded_t: fun(s, t, where=KEPT)))(padded_s)
+        assert np.all(np.asarray(grad)[~KEPT] == 0)
+        whole = jax.grad(lambda s: fun(s, t, reduction="none")[KEPT].mean())(s)
+        np.testing.assert_allclose(grad, whole, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", OF_OUTPUTS)
+def test_no_example_counts(name):
+    fun = functools.partial(OF_OUTPUTS[name], where=np.zeros((2, 1), bool))
+    s, t = random_tree(0, shapes=(2, 3, 5)), random_tree(1, shapes=(2, 3, 5))
+    assert_zero_there(lambda s: fun(s, t), s)
+
+
+@pytest.mark.parametrize("name", OF_OUTPUTS)
+def test_bad_masks(name):
+    s, t = random_tree(0, shapes=(2, 3, 5)), random_tree(1, shapes=(2, 3, 5))
+    for where in (np.ones((2, 3)), np.ones((3, 2), bool), np.ones((2, 3, 5), bool)):
+        with pytest.raises(ValueError, match=r"where to be booleans that broadcast.*\(2, 3\); got"):
+            OF_OUTPUTS[name](s, t, where=where)
+
+
+# Sampled tokens
+
+
+def expected(values_of, s):
+    """The expectation over tokens from the distribution of ``s``, which is not differentiated."""
+    weights = jax.lax.stop_gradient(jax.nn.softmax(s))
+    return jnp.sum(weights * values_of(jax.nn.log_softmax(s)))
+
+
+def test_what_the_estimators_estimate():
+    """Over all tokens of a vocabulary: their values, and the gradients that training follows."""
+    s, t = (jnp.asarray(random_tree(i, shapes=(7,), scale=0.7)) for i in (0, 1))
+    log_t = jax.nn.log_softmax(t)
+
+    def value_and_grad(estimator):
+        return jax.value_and_grad(
+            lambda s: expected(
+                lambda log_s: regularizers.sampled_kl(
+                    log_s, log_t, estimator=estimator, reduction="none"
+                ),
+                s,
+            )
+        )(s)
+
+    reverse, of_reverse = jax.value_and_grad(regularizers.kl_to_reference)(s, t)
+    forward, of_forward = jax.value_and_grad(regularizers.distillation)(s, t)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    for estimator, grad in (("k1", 0 * s), ("k2", of_reverse), ("k3", of_forward)):
+        got, got_grad = value_and_grad(estimator)
+        close(got_grad, grad)
+        if estimator != "k2":
+            close(got, reverse)
+    assert abs(float(value_and_grad("k2")[0] - reverse)) > 0.01
+    assert abs(float(forward - reverse)) > 0.01
+
+
+def test_sampled_kl_bad_input_and_dtypes():
+    p = np.log(np.float32([0.5, 0.25]))
+    with pytest.raises(ValueError, match=r"estimator must be 'k1', 'k2' or 'k3'; got 'k4'"):
+        regularizers.sampled_kl(p, p, estimator="k4")
+    with pytest.raises(ValueError, match=r"same shape.*\(2,\) and \(1,\)"):
+        regularizers.sampled_kl(p, p[:1])
+    assert_half_is_close(lambda x: regularizers.sampled_kl(x, p, estimator="k3"), p - 0.5)

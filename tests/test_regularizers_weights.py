@@ -304,3 +304,70 @@ def test_fisher_bad_input():
     assert_trees_equal(
         fisher([(INPUTS, None)], kind="true"), fisher([(INPUTS, LABELS)], kind="true")
     )
+
+
+# Low-rank adapters
+
+
+def adapters(scale=1.0):
+    shapes = {
+        "query": {"lora_a": (6, 2), "lora_b": (2, 5), "kernel": (6, 5)},
+        "experts": {"lora_a": (3, 4, 2), "lora_b": (3, 2, 4), "bias": (4,)},
+    }
+    return random_tree(7, shapes=shapes, scale=scale)
+
+
+def merged(params, scale):
+    return {
+        name: scale * jnp.matmul(of["lora_a"], of["lora_b"], precision="highest")
+        for name, of in params.items()
+    }
+
+
+def test_l2_sp_of_adapters_is_exactly_that_of_the_merged_weights():
+    """Value and gradient, also by the path through the merged weights."""
+    params, scale = adapters(), 0.5
+    start = random_tree(8, shapes=jax.tree.map(jnp.shape, merged(params, 1.0)))
+
+    def of_merged(params):
+        weights = jax.tree.map(jnp.add, start, merged(params, scale))
+        return regularizers.l2_sp(weights, start)
+
+    fun = functools.partial(regularizers.l2_sp_lora, scale=scale)
+    value, grads = jax.jit(jax.value_and_grad(fun))(params)
+    wanted, wanted_grads = jax.value_and_grad(of_merged)(params)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    assert relative_error(grads, wanted_grads) <= 1e-5
+    assert not np.any(grads["query"]["kernel"])
+    np.testing.assert_allclose(fun(params), value, rtol=1e-6)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+    assert fun(half).dtype == jnp.float32
+
+
+def test_l2_of_adapters_is_another_regularizer():
+    """Where LoRA begins, and by what it prefers: the nuclear norm of the product."""
+    one = adapters()["query"]
+    start = {"lora_a": one["lora_a"], "lora_b": 0 * one["lora_b"]}
+    assert not any(map(np.any, jax.tree.leaves(jax.grad(regularizers.l2_sp_lora)(start))))
+    np.testing.assert_array_equal(jax.grad(regularizers.l2)(start)["lora_a"], one["lora_a"])
+    u, sizes, v = np.linalg.svd(one["lora_a"] @ one["lora_b"], full_matrices=False)
+    root = np.sqrt(sizes[:2])
+    balanced = {"lora_a": u[:, :2] * root, "lora_b": root[:, None] * v[:2]}
+    np.testing.assert_allclose(regularizers.l2(balanced), sizes.sum(), rtol=1e-5)
+    factors = {"lora_a": one["lora_a"], "lora_b": one["lora_b"]}
+    assert float(regularizers.l2(factors)) > sizes.sum() * 1.01
+    for each in (balanced, factors):  # while this one depends on the product alone
+        np.testing.assert_allclose(regularizers.l2_sp_lora(each), np.sum(sizes**2) / 2, rtol=1e-5)
+
+
+def test_adapters_of_other_names_and_bad_ones():
+    one = adapters()["query"]
+    renamed = {"A": one["lora_a"], "B": one["lora_b"]}
+    np.testing.assert_array_equal(
+        regularizers.l2_sp_lora(renamed, names=("A", "B")), regularizers.l2_sp_lora(one)
+    )
+    with pytest.raises(ValueError, match=r"found no leaves named 'lora_a' and 'lora_b'"):
+        regularizers.l2_sp_lora(renamed)
+    for bad in ({"lora_b": None}, {"lora_b": one["lora_b"].T}, {"lora_a": one["lora_a"][0]}):
+        with pytest.raises(ValueError, match=r"of shape \(\.\.\., in, rank\).*at 'query'"):
+            regularizers.l2_sp_lora({"query": {**one, **bad}})

@@ -203,3 +203,60 @@ def test_the_total_of_large_norms_is_finite():
     total = dtnh_jax.conflict_stats(state).total
     np.testing.assert_allclose(total.cosine, -2e-3, rtol=1e-3)
     np.testing.assert_allclose(total.removed, 1, rtol=1e-5)
+
+
+def momenta(**kwargs):
+    return dtnh_jax.dtnh_sgd(0.1, 0.5, **kwargs)
+
+
+TWICE = {
+    "sgd": lambda: optax.chain(momenta(), optax.sgd(0.1, momentum=0.9)),
+    "adam": lambda: optax.chain(dtnh_jax.dtnh_adamw(0.1, 0.5), optax.adam(0.1)),
+    "ema": lambda: optax.chain(optax.chain(momenta()), optax.chain(optax.ema(0.9))),
+    "several": lambda: optax.chain(dtnh_jax.dtnh_sgd(0.1, (0.5, 0.5)), optax.trace(0.9)),
+    "one chain": lambda: optax.chain(
+        dtnh_jax.transform_pair(loss=optax.trace(0.9), reg=optax.trace(0.9)),
+        dtnh_jax.dtnh(0.5),
+        optax.sgd(0.1, momentum=0.9),
+    ),
+    "accumulated": lambda: dtnh_jax.accumulate_pairs(optax.chain(momenta(), optax.trace(0.9)), 2),
+    "a part": lambda: optax.partition(
+        {"all": optax.chain(momenta(), optax.lion(0.1))}, dict.fromkeys(random_tree(0), "all")
+    ),
+}
+ONCE = {
+    "preset": momenta,
+    "adamw preset": lambda: dtnh_jax.dtnh_adamw(0.1, 0.5),
+    "sgd without": lambda: optax.chain(momenta(), optax.sgd(-1.0)),
+    "after the paper's rule": lambda: optax.chain(dtnh_jax.dtnh(0.5), optax.adam(0.1)),
+    "clipped pair": lambda: optax.chain(
+        dtnh_jax.transform_pair(loss=optax.clip(1.0), reg=optax.clip(1.0)),
+        dtnh_jax.dtnh(0.5),
+        optax.sgd(0.1, momentum=0.9),
+    ),
+    "a reference": lambda: optax.chain(
+        dtnh_jax.dtnh(0.5, reference=optax.trace(0.9)), optax.sgd(0.1, momentum=0.9)
+    ),
+    "before": lambda: optax.chain(optax.scale_by_adam(), dtnh_jax.add_l2_sp(random_tree(0), 0.5)),
+    "two parts": lambda: optax.partition(
+        {"one": momenta(), "two": optax.adam(0.1)},
+        {name: "one" if i else "two" for i, name in enumerate(random_tree(0))},
+    ),
+    "decoupled": lambda: dtnh_jax.decoupled(
+        optax.adam(0.1), 0.5, learning_rate=0.1, reference="update"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_momentum_twice_is_a_warning(name, standard_promotion):
+    state = TWICE[name]().init(random_tree(0))
+    with pytest.warns(UserWarning, match=r"momentum twice.*optax\.scale_by_learning_rate"):
+        dtnh_jax.conflict_stats(state)
+    with pytest.warns(UserWarning, match="momentum twice"):
+        jax.jit(dtnh_jax.conflict_stats)(state)
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_momentum_once_is_none(name, standard_promotion):
+    dtnh_jax.conflict_stats(ONCE[name]().init(random_tree(0)))

@@ -31,6 +31,14 @@ def in_chain(rule):
     return optax.chain(rule, optax.sgd(0.1, momentum=0.9))
 
 
+def pulled(pretrained):
+    """L2-SP beside the optimizer, which is given the loss gradient alone."""
+    of_loss = optax.stateless(lambda pair, params: pair[0])
+    mask = {"one": True, "two": True, "head": False}
+    pull = dtnh_jax.add_l2_sp(pretrained, 0.5, scope="layer", mask=mask)
+    return optax.chain(of_loss, pull, optax.sgd(0.1, momentum=0.9))
+
+
 OPTIMIZERS = {
     "global": in_chain(dtnh_jax.dtnh(0.5)),
     "layer": in_chain(dtnh_jax.dtnh(0.5, scope="layer")),
@@ -38,6 +46,8 @@ OPTIMIZERS = {
     "average": in_chain(dtnh_jax.dtnh(0.5, scope="leaf", reference=optax.ema(0.9))),
     "pcgrad": in_chain(dtnh_jax.pcgrad(0.5, scope="layer")),
     "decoupled": dtnh_jax.decoupled(optax.adam(0.01), 0.5, learning_rate=0.1, scope="layer"),
+    "pull to init": pulled("init"),
+    "pull to argument": pulled("argument"),
     "accumulated": dtnh_jax.accumulate_pairs(in_chain(dtnh_jax.dtnh(0.5, scope="layer")), 2),
 }
 
@@ -84,7 +94,7 @@ def trained(tx, mesh, specs, objective=objective, compiled=jax.jit):
     @compiled
     def step(params, opt_state, pretrained, x, y):
         _, pair = objective(params, pretrained, x, y)
-        updates, opt_state = tx.update(pair, opt_state, params)
+        updates, opt_state = tx.update(pair, opt_state, params, source_params=pretrained)
         return optax.apply_updates(params, updates), opt_state
 
     params = pretrained = placed(initial_params(), mesh, specs)

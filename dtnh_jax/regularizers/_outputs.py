@@ -1,10 +1,20 @@
 """Regularizers of outputs."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
 from dtnh_jax._numerics import compute_dtype, ratio
-from dtnh_jax.regularizers._batch import Reduction, check_choice, check_positive, reduced
+from dtnh_jax.regularizers._batch import (
+    WITH_NONE,
+    ReductionOrNone,
+    as_mask,
+    check_choice,
+    check_positive,
+    only,
+    reduced,
+)
 
 
 def distillation(
@@ -13,7 +23,8 @@ def distillation(
     temperature: float = 1.0,
     *,
     t_squared: bool = True,
-    reduction: Reduction = "mean",
+    where: jax.typing.ArrayLike | None = None,
+    reduction: ReductionOrNone = "mean",
 ) -> jax.Array:
     r"""Knowledge distillation: keeps the outputs close to those of the pre-trained network.
 
@@ -33,14 +44,18 @@ def distillation(
             the objective, or wrap them in `jax.lax.stop_gradient`.
         temperature: $T > 0$.
         t_squared: Whether to multiply by $T^2$.
-        reduction: `"mean"` or `"sum"` over the examples, that is, over all axes but the last.
+        where: Booleans that broadcast to the shape of the examples: which of them count, such as
+            tokens that are no padding. The others may hold anything. The mean of none is 0.
+        reduction: `"mean"` or `"sum"` over the examples, that is, over all axes but the last, or
+            `"none"` for an array with the value of each.
 
     Returns:
-        A scalar, in float32 or the widest dtype of the logits.
+        A scalar, or with `reduction="none"` an array of shape `(...)`, in float32 or the widest
+        dtype of the logits.
 
     Raises:
-        ValueError: If the shapes differ or have no class axis, $T \le 0$, or `reduction` is
-            unknown.
+        ValueError: If the shapes differ or have no class axis, $T \le 0$, `where` does not
+            fit, or `reduction` is unknown.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -57,17 +72,23 @@ def distillation(
         (arXiv:1503.02531), section 2.
     """
     check_positive("temperature", temperature)
-    check_choice("reduction", reduction)
-    student, teacher = _logits("distillation", student_logits, teacher_logits)
+    check_choice("reduction", reduction, WITH_NONE)
+    student, teacher, kept = _logits("distillation", student_logits, teacher_logits, where)
     t = jnp.asarray(temperature, student.dtype)
     divergence = reduced(
-        kl_divergence(jax.nn.log_softmax(teacher / t), jax.nn.log_softmax(student / t)), reduction
+        kl_divergence(jax.nn.log_softmax(teacher / t), jax.nn.log_softmax(student / t)),
+        reduction,
+        kept,
     )
     return divergence * t**2 if t_squared else divergence
 
 
 def logit_matching(
-    student_logits: jax.Array, teacher_logits: jax.Array, *, reduction: Reduction = "mean"
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    where: jax.typing.ArrayLike | None = None,
+    reduction: ReductionOrNone = "mean",
 ) -> jax.Array:
     r"""Logit matching: keeps the logits close to those of the pre-trained network.
 
@@ -80,13 +101,16 @@ def logit_matching(
     Args:
         student_logits: $s$, shape `(..., classes)`, real floating-point.
         teacher_logits: $t$, with the same shape. Gradients flow through them.
-        reduction: `"mean"`, as in the paper, or `"sum"` over the examples.
+        where: As in [`distillation`][dtnh_jax.regularizers.distillation].
+        reduction: As in [`distillation`][dtnh_jax.regularizers.distillation]; `"mean"` as in the
+            paper.
 
     Returns:
-        A scalar, in float32 or the widest dtype of the logits.
+        A scalar, or an array of shape `(...)`, in float32 or the widest dtype of the logits.
 
     Raises:
-        ValueError: If the shapes differ or have no class axis, or `reduction` is unknown.
+        ValueError: If the shapes differ or have no class axis, `where` does not fit, or
+            `reduction` is unknown.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -99,13 +123,17 @@ def logit_matching(
         Ba, Caruana, *Do Deep Nets Really Need to be Deep?*, NIPS 2014 (arXiv:1312.6184), eq. 1;
         Hinton, Vinyals, Dean, 2015 (arXiv:1503.02531), section 2.1, for the limit.
     """
-    check_choice("reduction", reduction)
-    student, teacher = _logits("logit_matching", student_logits, teacher_logits)
-    return reduced(0.5 * jnp.sum(jnp.square(student - teacher), axis=-1), reduction)
+    check_choice("reduction", reduction, WITH_NONE)
+    student, teacher, kept = _logits("logit_matching", student_logits, teacher_logits, where)
+    return reduced(0.5 * jnp.sum(jnp.square(student - teacher), axis=-1), reduction, kept)
 
 
 def label_smoothing(
-    student_logits: jax.Array, teacher_logits: jax.Array, *, reduction: Reduction = "mean"
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    where: jax.typing.ArrayLike | None = None,
+    reduction: ReductionOrNone = "mean",
 ) -> jax.Array:
     r"""Label smoothing with a teacher: the cross-entropy with the teacher's probabilities.
 
@@ -121,13 +149,15 @@ def label_smoothing(
     Args:
         student_logits: $s$, shape `(..., classes)`, real floating-point.
         teacher_logits: $t$, with the same shape. Gradients flow through them.
-        reduction: `"mean"` or `"sum"` over the examples.
+        where: As in [`distillation`][dtnh_jax.regularizers.distillation].
+        reduction: As in [`distillation`][dtnh_jax.regularizers.distillation].
 
     Returns:
-        A scalar, in float32 or the widest dtype of the logits.
+        A scalar, or an array of shape `(...)`, in float32 or the widest dtype of the logits.
 
     Raises:
-        ValueError: If the shapes differ or have no class axis, or `reduction` is unknown.
+        ValueError: If the shapes differ or have no class axis, `where` does not fit, or
+            `reduction` is unknown.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -141,9 +171,144 @@ def label_smoothing(
         (arXiv:1512.00567), section 7; Yuan et al., *Revisiting Knowledge Distillation via Label
         Smoothing Regularization*, CVPR 2020 (arXiv:1909.11723).
     """
-    check_choice("reduction", reduction)
-    student, teacher = _logits("label_smoothing", student_logits, teacher_logits)
-    return reduced(_cross_entropy(jax.nn.softmax(teacher), jax.nn.log_softmax(student)), reduction)
+    check_choice("reduction", reduction, WITH_NONE)
+    student, teacher, kept = _logits("label_smoothing", student_logits, teacher_logits, where)
+    values = _cross_entropy(jax.nn.softmax(teacher), jax.nn.log_softmax(student))
+    return reduced(values, reduction, kept)
+
+
+def kl_to_reference(
+    logits: jax.Array,
+    reference_logits: jax.Array,
+    *,
+    where: jax.typing.ArrayLike | None = None,
+    reduction: ReductionOrNone = "mean",
+) -> jax.Array:
+    r"""The divergence of a model's predictions from those of a frozen reference, for each token.
+
+    $$\Omega = \frac{1}{n}\sum_{i=1}^{n}
+    \mathrm{KL}\bigl(\mathrm{softmax}(s_i)\,\Vert\,\mathrm{softmax}(r_i)\bigr)$$
+
+    over the whole vocabulary. This is the divergence of reinforcement learning from human
+    feedback. It is large where the model predicts what the reference rules out;
+    [`distillation`][dtnh_jax.regularizers.distillation] is the divergence in the other direction,
+    large where the model rules out what the reference predicts. Where only the sampled tokens'
+    probabilities are at hand, see [`sampled_kl`][dtnh_jax.regularizers.sampled_kl].
+
+    Args:
+        logits: $s$, shape `(..., classes)`, real floating-point; of a language model
+            `(batch, length, vocabulary)`.
+        reference_logits: $r$, with the same shape. Gradients flow through them: compute them
+            outside the objective, or wrap them in `jax.lax.stop_gradient`.
+        where: As in [`distillation`][dtnh_jax.regularizers.distillation].
+        reduction: As in [`distillation`][dtnh_jax.regularizers.distillation].
+
+    Returns:
+        A scalar, or an array of shape `(...)`, in float32 or the widest dtype of the logits.
+
+    Raises:
+        ValueError: If the shapes differ or have no class axis, `where` does not fit, or
+            `reduction` is unknown.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import regularizers
+        >>> logits = jnp.array([[[2.0, 0.0], [0.0, 0.0], [9.0, 9.0]]])  # the last is padding
+        >>> is_token = jnp.array([[True, True, False]])
+        >>> kl = regularizers.kl_to_reference(
+        ...     logits, jnp.zeros((1, 3, 2)), where=is_token, reduction="none"
+        ... )
+        >>> print(kl.round(4))
+        [[0.3278 0.     0.    ]]
+
+    References:
+        Ziegler et al., *Fine-Tuning Language Models from Human Preferences*, 2019
+        (arXiv:1909.08593); Ouyang et al., NeurIPS 2022 (arXiv:2203.02155).
+    """
+    check_choice("reduction", reduction, WITH_NONE)
+    own, reference, kept = _logits("kl_to_reference", logits, reference_logits, where)
+    values = kl_divergence(jax.nn.log_softmax(own), jax.nn.log_softmax(reference))
+    return reduced(values, reduction, kept)
+
+
+def sampled_kl(
+    log_probs: jax.Array,
+    reference_log_probs: jax.Array,
+    *,
+    estimator: Literal["k1", "k2", "k3"] = "k2",
+    where: jax.typing.ArrayLike | None = None,
+    reduction: ReductionOrNone = "mean",
+) -> jax.Array:
+    r"""Estimates the divergence from a frozen reference from the sampled tokens alone.
+
+    With the log-probability $\log\pi$ of each token under the model that sampled it, and
+    $\log\pi_0$ under the reference:
+
+    $$k_1 = \log\pi - \log\pi_0, \qquad k_2 = \tfrac12\,(\log\pi - \log\pi_0)^2, \qquad
+    k_3 = \frac{\pi_0}{\pi} - 1 - \log\frac{\pi_0}{\pi}$$
+
+    As *values*, $k_1$ and $k_3$ are unbiased estimates of
+    $\mathrm{KL}(\pi\,\Vert\,\pi_0)$, $k_3$ with less variance and never negative; $k_2$ is biased
+    and close where the two are. A rule uses the *gradient*, which is another matter, since the
+    tokens were sampled and the gradient does not flow through that. In expectation over tokens
+    sampled from $\pi$:
+
+    - that of $k_2$ is the gradient of $\mathrm{KL}(\pi\,\Vert\,\pi_0)$, the divergence of
+      [`kl_to_reference`][dtnh_jax.regularizers.kl_to_reference];
+    - that of $k_3$ is the gradient of $\mathrm{KL}(\pi_0\,\Vert\,\pi)$;
+    - that of $k_1$ is zero: use it to report, not to train.
+
+    Args:
+        log_probs: $\log\pi$ of each sampled token, of any shape, real floating-point; such as
+            `-optax.softmax_cross_entropy_with_integer_labels(logits, tokens)`.
+        reference_log_probs: $\log\pi_0$, with the same shape. Gradients flow through them.
+        estimator: Which of the three.
+        where: As in [`distillation`][dtnh_jax.regularizers.distillation].
+        reduction: As in [`distillation`][dtnh_jax.regularizers.distillation].
+
+    Returns:
+        A scalar, or an array of the shape of the log-probabilities, in float32 or their widest
+        dtype.
+
+    Raises:
+        ValueError: If the shapes differ, `where` does not fit, or `estimator` or `reduction` is
+            unknown.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import regularizers
+        >>> log_probs, reference = jnp.log(jnp.array([0.5, 0.25])), jnp.log(jnp.array([0.25, 0.25]))
+        >>> for estimator in ("k1", "k2", "k3"):
+        ...     kl = regularizers.sampled_kl(log_probs, reference, estimator=estimator)
+        ...     print(estimator, f"{kl:.4f}")
+        k1 0.3466
+        k2 0.1201
+        k3 0.0966
+
+    References:
+        Schulman, *Approximating KL Divergence*, 2020, for the three values; Shao et al.,
+        *DeepSeekMath*, 2024 (arXiv:2402.03300), which trains with $k_3$; Tang, Munos, *On a few
+        pitfalls in KL divergence gradient estimation for RL*, 2025 (arXiv:2506.09477), for the
+        gradients.
+    """
+    check_choice("estimator", estimator, ("k1", "k2", "k3"))
+    check_choice("reduction", reduction, WITH_NONE)
+    own, reference = jnp.asarray(log_probs), jnp.asarray(reference_log_probs)
+    if own.shape != reference.shape:
+        raise ValueError(
+            "sampled_kl expects log-probabilities of the same shape from the model and the "
+            f"reference; got {own.shape} and {reference.shape}."
+        )
+    kept = as_mask("sampled_kl", where, own.shape)
+    dtype = compute_dtype(own.dtype, reference.dtype)
+    log_ratio = only(kept, own.astype(dtype)) - only(kept, reference.astype(dtype))
+    if estimator == "k1":
+        values = log_ratio
+    elif estimator == "k2":
+        values = 0.5 * jnp.square(log_ratio)
+    else:
+        values = jnp.expm1(-log_ratio) + log_ratio
+    return reduced(values, reduction, kept)
 
 
 def co_tuning(
@@ -151,7 +316,8 @@ def co_tuning(
     labels: jax.Array,
     relationship: jax.Array,
     *,
-    reduction: Reduction = "mean",
+    where: jax.typing.ArrayLike | None = None,
+    reduction: ReductionOrNone = "mean",
 ) -> jax.Array:
     r"""Co-Tuning: trains the pre-trained head on the source classes related to the label.
 
@@ -166,15 +332,17 @@ def co_tuning(
         relationship: $p(y_s \mid y_t)$, shape `(target classes, source classes)`, each row a
             distribution; [`co_tuning_relationship`][dtnh_jax.regularizers.co_tuning_relationship]
             estimates it.
-        reduction: `"mean"`, as in the authors' code, or `"sum"` over the examples.
+        where: As in [`distillation`][dtnh_jax.regularizers.distillation].
+        reduction: As in [`distillation`][dtnh_jax.regularizers.distillation]; `"mean"` as in the
+            authors' code.
 
     Returns:
-        A scalar, in float32 or the widest dtype of the logits and the relationship. Labels out of
-        range make it NaN.
+        A scalar, or an array of shape `(...)`, in float32 or the widest dtype of the logits and the
+        relationship. Labels out of range make it NaN.
 
     Raises:
-        ValueError: If the shapes do not match, the labels are not integers, or `reduction` is
-            unknown.
+        ValueError: If the shapes do not match, the labels are not integers, `where` does not fit,
+            or `reduction` is unknown.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -187,9 +355,11 @@ def co_tuning(
     References:
         You, Kou, Long, Wang, *Co-Tuning for Transfer Learning*, NeurIPS 2020.
     """
-    check_choice("reduction", reduction)
+    check_choice("reduction", reduction, WITH_NONE)
     logits, rows, labels = (jnp.asarray(x) for x in (source_head_logits, relationship, labels))
     _check_labels("co_tuning", logits, labels)
+    kept = as_mask("co_tuning", where, labels.shape)
+    logits, labels = only(kept, logits), only(kept, labels)
     if rows.ndim != 2 or rows.shape[1] != logits.shape[-1]:
         raise ValueError(
             f"co_tuning expects a relationship of shape (target classes, {logits.shape[-1]}); got "
@@ -202,7 +372,8 @@ def co_tuning(
         .at[jnp.where(labels < 0, len(rows), labels.astype(jnp.int32))]
         .get(mode="fill", fill_value=jnp.nan)
     )
-    return reduced(_cross_entropy(targets, jax.nn.log_softmax(logits.astype(dtype))), reduction)
+    values = _cross_entropy(targets, jax.nn.log_softmax(logits.astype(dtype)))
+    return reduced(values, reduction, kept)
 
 
 def co_tuning_relationship(
@@ -269,8 +440,10 @@ def _cross_entropy(p: jax.Array, log_q: jax.Array) -> jax.Array:
     return -jnp.sum(p * jnp.where(p != 0, log_q, 0), axis=-1)
 
 
-def _logits(what: str, student: jax.Array, teacher: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both logits, in the dtype of the computation."""
+def _logits(
+    what: str, student: jax.Array, teacher: jax.Array, where: jax.typing.ArrayLike | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Both logits, in the dtype of the computation, and which of the examples count."""
     student, teacher = jnp.asarray(student), jnp.asarray(teacher)
     if student.shape != teacher.shape or not student.ndim:
         raise ValueError(
@@ -278,7 +451,8 @@ def _logits(what: str, student: jax.Array, teacher: jax.Array) -> tuple[jax.Arra
             f"teacher; got {student.shape} and {teacher.shape}."
         )
     dtype = compute_dtype(student.dtype, teacher.dtype)
-    return student.astype(dtype), teacher.astype(dtype)
+    kept = as_mask(what, where, student.shape[:-1])
+    return only(kept, student.astype(dtype)), only(kept, teacher.astype(dtype)), kept
 
 
 def _check_labels(what: str, logits: jax.Array, labels: jax.Array) -> None:

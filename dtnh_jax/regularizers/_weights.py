@@ -1,5 +1,6 @@
 """Regularizers of the weights."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,16 @@ from jax.core import Tracer
 
 from dtnh_jax._layout import Mask, reached
 from dtnh_jax._numerics import compute_dtype, widened
-from dtnh_jax._tree import PyTree, check_same_shape, is_absent, lay_over, leaf_names, leaves_of
+from dtnh_jax._tree import (
+    PyTree,
+    check_same_shape,
+    is_absent,
+    lay_over,
+    leaf_names,
+    leaf_paths,
+    leaves_of,
+    path_name,
+)
 
 
 def l2(params: PyTree, *, mask: Mask = None) -> jax.Array:
@@ -286,6 +296,77 @@ def l2_sp_fisher_gradient(
         (arXiv:1612.00796).
     """
     return _gradient(params, _fisher_terms(params, pretrained, fisher, alpha, beta, epsilon, mask))
+
+
+def l2_sp_lora(
+    params: PyTree, *, scale: float = 1.0, names: tuple[str, str] = ("lora_a", "lora_b")
+) -> jax.Array:
+    r"""L2-SP of weights with low-rank adapters (LoRA), without the merged weights.
+
+    $$\Omega = \frac{s^2}{2}\sum\lVert A B\rVert^2 = \frac12\sum\lVert W - W_0\rVert^2, \qquad
+    W = W_0 + s\,A B$$
+
+    It is exactly [`l2_sp`][dtnh_jax.regularizers.l2_sp] of the merged weights $W$, value and
+    gradient, computed from the Gram matrices of $A$ and $B$, which have the size of the rank. It
+    pulls the adapters towards zero without being [`l2`][dtnh_jax.regularizers.l2] of them: that is
+    another regularizer, not equal to first order either. Where LoRA begins, at $B = 0$, this one
+    has gradient zero, while `l2` shrinks $A$; and the smallest `l2` of any factors of a given $A B$
+    is its nuclear norm, which prefers low ranks.
+
+    Args:
+        params: A tree in which each adapter is two siblings, $A$ of shape `(..., in, rank)` and $B$
+            of shape `(..., rank, out)`, real floating-point; such as `nnx.state(model,
+            nnx.LoRAParam)`. Leaves of other names are not regularized.
+        scale: $s$, such as $\alpha$ / rank.
+        names: The names of $A$ and $B$.
+
+    Returns:
+        A scalar, in float32 or the widest dtype of `params`.
+
+    Raises:
+        ValueError: If there is no adapter, one of the two is missing, or their shapes do not match.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from dtnh_jax import regularizers
+        >>> a, b = jnp.array([[1.0], [2.0]]), jnp.array([[3.0, 0.0]])
+        >>> params = {"query": {"lora_a": a, "lora_b": b}}
+        >>> print(regularizers.l2_sp_lora(params, scale=2.0))
+        90.0
+        >>> print(0.5 * jnp.sum((2.0 * a @ b) ** 2))
+        90.0
+
+    References:
+        Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, ICLR 2022
+        (arXiv:2106.09685); Li, Grandvalet, Davoine, ICML 2018 (arXiv:1802.01483), for L2-SP.
+    """
+    leaves = {
+        path: leaf
+        for path, leaf in zip(leaf_paths(params), leaves_of(params), strict=True)
+        if not is_absent(leaf) and path and path[-1] in names
+    }
+    places = sorted({path[:-1] for path in leaves})
+    if not places:
+        raise ValueError(
+            f"l2_sp_lora found no leaves named {names[0]!r} and {names[1]!r} in params. Give the "
+            "names of the two factors with names=."
+        )
+    dtype = compute_dtype(*(jnp.result_type(leaf) for leaf in leaves.values()))
+    value = jnp.zeros((), dtype)
+    for place in places:
+        factors = [leaves.get((*place, name)) for name in names]
+        shapes = [None if x is None else np.shape(x) for x in factors]
+        a, b = shapes
+        if a is None or b is None or len(a) < 2 or (*a[:-2], a[-1]) != b[:-1]:
+            raise ValueError(
+                f"l2_sp_lora needs {names[0]!r} of shape (..., in, rank) and {names[1]!r} of shape "
+                f"(..., rank, out); got {a} and {b} at {path_name(place)!r}."
+            )
+        a, b = (jnp.asarray(x).astype(dtype) for x in factors)
+        product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        of_a, of_b = product("...ir,...is->...rs", a, a), product("...ro,...so->...rs", b, b)
+        value = value + jnp.sum(of_a * of_b)
+    return 0.5 * jnp.square(jnp.asarray(scale, dtype)) * value
 
 
 class _Term(NamedTuple):
