@@ -3,6 +3,7 @@
 Each takes lists of leaves. Symbols are those of :mod:`dtnh_jax.weightings`.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dtnh_jax.weightings import Geometry
+
+FEW = 4  # leaves: those of most layers
 
 
 class Part(NamedTuple):
@@ -82,10 +85,11 @@ def real_product(x: jax.Array, y: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def _totals(leaves: Sequence[tuple[jax.Array, ...]]) -> tuple[jax.Array, ...]:
-    if len(leaves) == 1:
-        return leaves[0]
-    # Behind a barrier, or XLA would add them all up again in the program of each leaf.
     columns = zip(*leaves, strict=True)
+    if len(leaves) <= FEW:
+        # Without arrays of a few numbers, whose sums are kernels of their own on a TPU and a GPU.
+        return tuple(functools.reduce(jnp.add, column) for column in columns)
+    # Behind a barrier, or XLA would add them all up again in the program of each leaf.
     return tuple(jnp.sum(jax.lax.optimization_barrier(jnp.stack(column))) for column in columns)
 
 
