@@ -1,8 +1,8 @@
 """Programs for accelerators, which are compiled here and not run.
 
-What a program for a TPU may consist of is bounded, as those for a CPU are in
-`test_program_size.py`. A failure says what was found. Where a change makes programs smaller, tighten
-the bounds.
+What a program for a TPU may consist of is bounded, as that of one for a CPU is in
+`test_program_size.py`. A failure says what was found. Where a change makes programs smaller,
+tighten the bounds.
 """
 
 import dataclasses
@@ -62,16 +62,18 @@ class Bound(NamedTuple):
 
 
 N_LEAVES = 12
+# Fusions: one for each leaf, and one more for its sums. Accesses: a little above what was found, in
+# leaves that are mostly padding. Temporary: of the arrays that numbers are collected in.
 COMBINATIONS = {
-    # One for each leaf, and one more for its sums. What accesses are counted for is padded.
     "weighted_sum, diagnostics=False": Bound(N_LEAVES, 1, 0),
     "dtnh element, diagnostics=False": Bound(N_LEAVES, 1.01, 0),
-    "dtnh layer, diagnostics=False": Bound(2 * N_LEAVES, 2, 0),
-    "dtnh layer": Bound(2 * N_LEAVES + 3, 2, 0),
-    "dtnh global, diagnostics=False": Bound(2 * N_LEAVES + 3, 2, 0),
-    "dtnh_sgd": Bound(2 * N_LEAVES + 3, 2, 0),
+    "dtnh layer, diagnostics=False": Bound(2 * N_LEAVES, 1.56, 0),
+    "dtnh layer": Bound(2 * N_LEAVES + 2, 1.6, 1_700_000),
+    "dtnh global, diagnostics=False": Bound(2 * N_LEAVES, 1.43, 2_100_000),
+    "dtnh_sgd": Bound(2 * N_LEAVES + 2, 4, 3_600_000),
 }
-STEPS = {"replicated": Bound(40, 1.1, 10_000), "sharded": Bound(40, 1.1, 10_000)}
+# One more fusion for each of 23 leaves, and one for the diagnostics.
+STEPS = {"replicated": Bound(24, 1.12, 9_000_000), "sharded": Bound(24, 1.12, 9_000_000)}
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +143,8 @@ def test_a_combination_for_a_tpu_is_no_larger_than_its_bound(name, tpu, base_of_
 @pytest.mark.parametrize("layout", STEPS)
 def test_a_rule_adds_no_message_to_a_step_on_tpus(layout, tpu):
     base, cells = (
-        measured(tpu, name, layout) for name in ("weighted_sum, closed form", "dtnh layer, closed form")
+        measured(tpu, name, layout)
+        for name in ("weighted_sum, closed form", "dtnh layer, closed form")
     )
     found = Bound(
         cells["fusions"] - base["fusions"],
@@ -149,9 +152,9 @@ def test_a_rule_adds_no_message_to_a_step_on_tpus(layout, tpu):
         round(1e9 * (cells["temporary GB"] - base["temporary GB"])),
     )
     assert not over(found, STEPS[layout])
-    # Sharded params need one message more, of the sums.
+    # The sums of sharded leaves go with a message that is sent anyway.
     assert cells["collectives"] == base["collectives"]
-    assert cells["collective MB"] <= 1.01 * base["collective MB"]
+    assert cells["collective MB"] <= 1.001 * base["collective MB"]
 
 
 def test_a_compiler_that_is_not_there_is_said(monkeypatch):
