@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 OLDEST := $(VENV)-oldest
 NEWEST := $(VENV)-newest
 TFDS := $(VENV)-tfds
+TPU := $(VENV)-tpu
+ACCELERATORS := $(VENV)-accelerators
 
-.PHONY: demo bench test test-oldest test-newest test-tfds lint types docs check clean
+.PHONY: demo bench bench-accelerators test test-oldest test-newest test-tfds test-tpu lint types docs check clean
 
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.digits
@@ -14,6 +16,12 @@ demo: $(VENV)/.examples
 # Every table of docs/costs.md; wants a quiet machine, and takes about ten minutes of two cores.
 bench: $(VENV)/.examples
 	$(BIN)/python -m benchmarks
+
+# The tables of programs that are compiled for TPUs and an H100, which need not be there. Takes hours
+# of two cores; what is compiled already is not compiled again.
+bench-accelerators: $(ACCELERATORS)/.installed
+	JAX_PLATFORMS=cpu $(ACCELERATORS)/bin/python -m benchmarks --only accelerators accelerator_steps \
+		--seconds 1 --out results/accelerators
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile
@@ -37,6 +45,10 @@ test-newest:
 test-tfds: $(TFDS)/.installed
 	$(TFDS)/bin/python -m pytest tests/test_builders.py tests/test_data.py
 
+# Programs for TPUs, which need the compiler of libtpu, and no TPU.
+test-tpu: $(TPU)/.installed
+	JAX_PLATFORMS=cpu $(TPU)/bin/python -m pytest tests/test_accelerators.py
+
 check: lint types docs
 
 lint: $(VENV)/.dev
@@ -50,7 +62,7 @@ docs: $(VENV)/.dev
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(TFDS) site results
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(TFDS) $(TPU) $(ACCELERATORS) site results
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -75,4 +87,16 @@ $(TFDS)/.installed: pyproject.toml
 	$(PYTHON) -m venv --clear $(TFDS)
 	$(TFDS)/bin/python -m pip install --quiet --upgrade pip
 	$(TFDS)/bin/python -m pip install --quiet --editable ".[tfds]" dill pytest sybil
+	touch $@
+
+$(TPU)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(TPU)
+	$(TPU)/bin/python -m pip install --quiet --upgrade pip
+	$(TPU)/bin/python -m pip install --quiet --editable ".[examples]" "jax[tpu]" pytest sybil
+	touch $@
+
+$(ACCELERATORS)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(ACCELERATORS)
+	$(ACCELERATORS)/bin/python -m pip install --quiet --upgrade pip
+	$(ACCELERATORS)/bin/python -m pip install --quiet --editable ".[accelerators]"
 	touch $@

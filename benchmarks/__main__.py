@@ -7,6 +7,7 @@ import tyro
 from rich.console import Console
 
 from benchmarks import (
+    accelerators,
     combination,
     compilation,
     goals,
@@ -28,6 +29,8 @@ RUNS: dict[Section, Callable[[Sizes, Ceilings], Table]] = {
     "compile": compilation.run,
     "scaling": scaling.run,
     "torch": pytorch.run,
+    "accelerators": accelerators.run,
+    "accelerator_steps": accelerators.run_steps,
 }
 
 

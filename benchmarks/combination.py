@@ -22,6 +22,8 @@ from dtnh_jax import regularizers
 REG_WEIGHT = 0.1
 BASE = "weighted_sum, diagnostics=False"
 LITERAL = "a + λ b by jax.tree.map"
+PRESET = "dtnh_sgd"
+SGD = "weighted_sum, sgd with momentum"
 
 SCOPES = ("global", "layer", "leaf", "element")
 RIVALS = tuple(
@@ -77,6 +79,19 @@ def closed_form(tx: optax.GradientTransformation, passes: int) -> Contestant:
         return inputs.loss_grads, inputs.params, inputs.pretrained, tx.init(inputs.params)
 
     return Contestant(update, arguments, passes)
+
+
+def compared(tx: optax.GradientTransformationExtraArgs) -> Contestant:
+    """A link of an Optax chain that compares with a third tree of gradients."""
+
+    def update(pair: dtnh_jax.GradientPair, held_out_grads: Any, state: Any) -> Any:
+        return tx.update(pair, state, held_out_grads=held_out_grads)
+
+    def arguments(inputs: Inputs) -> tuple[Any, ...]:
+        pair = dtnh_jax.GradientPair(inputs.loss_grads, inputs.reg_grads)
+        return pair, inputs.params, tx.init(inputs.params)
+
+    return Contestant(update, arguments)
 
 
 def literal(a: Any, b: Any) -> Any:
@@ -166,7 +181,18 @@ def contestants(*, all_rules: bool) -> dict[str, Contestant]:
     found["dtnh layer, momentum"] = link(
         optax.chain(dtnh_jax.dtnh(REG_WEIGHT, scope="layer"), optax.trace(0.9))
     )
-    found["dtnh_sgd"] = link(dtnh_jax.dtnh_sgd(0.1, REG_WEIGHT))
+    found[PRESET] = link(dtnh_jax.dtnh_sgd(0.1, REG_WEIGHT))
+    found[SGD] = link(
+        optax.chain(
+            dtnh_jax.weighted_sum(REG_WEIGHT, diagnostics=False), optax.sgd(0.1, momentum=0.9)
+        )
+    )
+    found["bounded sum layer"] = link(
+        dtnh_jax.dtnh(REG_WEIGHT, on_conflict="keep", max_ratio=1.0, scope="layer")
+    )
+    found["dtnh global, reference=held_out"] = compared(
+        dtnh_jax.dtnh(REG_WEIGHT, reference="held_out")
+    )
     return found
 
 

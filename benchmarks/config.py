@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 
@@ -11,8 +11,17 @@ from examples.common.resnet import plan_of
 
 Regularizer = Literal["l2_sp", "distillation"]
 Layout = Literal["replicated", "sharded"]
-Section = Literal["combination", "step", "memory", "compile", "scaling", "torch"]
-SECTIONS: tuple[Section, ...] = ("combination", "step", "memory", "compile", "scaling", "torch")
+Section = Literal[
+    "combination",
+    "step",
+    "memory",
+    "compile",
+    "scaling",
+    "torch",
+    "accelerators",
+    "accelerator_steps",
+]
+SECTIONS: tuple[Section, ...] = get_args(Section)
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,13 @@ class Config:
     """Whether parameters and gradients are replicated or sharded."""
     scaling_architecture: str = "resnet18"
     """The ResNet for the communication benchmark."""
+    targets: tuple[str, ...] = ("v5e:2x2", "h100", "v6e:2x2", "v5p:2x2x1")
+    """What programs are compiled for, one device of each; nothing is run there. Topologies of
+    TPUs, and h100."""
+    slices: tuple[str, ...] = ("v5e:2x2", "v5e:16x16")
+    """Topologies of TPUs for whose devices together training steps are compiled."""
+    target_seconds: float = 900.0
+    """Time limit for compiling one program for a target."""
     seconds: float = 20.0
     """Time for each comparison, after compilation."""
     repetitions: int = 200
@@ -63,7 +79,7 @@ class Config:
     """Use tiny sizes for a quick check; overrides all options but `out` and `only`."""
 
     def __post_init__(self) -> None:
-        for name in ("seconds", "compile_seconds", "repetitions"):
+        for name in ("seconds", "compile_seconds", "target_seconds", "repetitions"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
         for name in ("leaves", "devices"):
@@ -94,6 +110,11 @@ class Config:
                 devices=(2,),
                 layouts=("sharded",),
                 scaling_architecture="cifar_resnet8",
+                targets=("v5e:2x2",),
+                slices=("v5e:2x2",),
+                target_step=("cifar_resnet8", 8, 2, "float32"),
+                target_seconds=self.target_seconds,
+                compiled=str(self.out / "compiled"),
                 seconds=0.2,
                 repetitions=3,
                 ceiling_megabytes=1,
@@ -116,6 +137,11 @@ class Config:
             devices=self.devices,
             layouts=self.layouts,
             scaling_architecture=self.scaling_architecture,
+            targets=self.targets,
+            slices=self.slices,
+            target_step=("resnet50", 224, 128, "bfloat16"),
+            target_seconds=self.target_seconds,
+            compiled=str(self.out / "compiled"),
             seconds=self.seconds,
             repetitions=self.repetitions,
             ceiling_megabytes=self.ceiling_megabytes or (1000 if accelerator else 100),
@@ -129,6 +155,10 @@ class Sizes:
 
     Attributes that are not in :class:`Config`:
         all_steps: Whether to time all variants of the training step, or only those with goals.
+        target_step: Of the step that is compiled for targets: the ResNet, the size of its images,
+            the batch size of one device, and the dtype of activations.
+        compiled: The directory that keeps what was found in programs that were compiled for
+            targets, so that they are not compiled again.
     """
 
     trees: tuple[str, ...]
@@ -145,6 +175,11 @@ class Sizes:
     devices: tuple[int, ...]
     layouts: tuple[Layout, ...]
     scaling_architecture: str
+    targets: tuple[str, ...]
+    slices: tuple[str, ...]
+    target_step: tuple[str, int, int, Literal["float32", "bfloat16"]]
+    target_seconds: float
+    compiled: str
     seconds: float
     repetitions: int
     ceiling_megabytes: int

@@ -5,9 +5,9 @@ from typing import NamedTuple
 
 import jax
 
-from benchmarks import combination, pytorch, step
+from benchmarks import accelerators, combination, pytorch, step
 from benchmarks.machine import Ceilings
-from benchmarks.report import Row, Table
+from benchmarks.report import Cell, Row, Table
 
 
 class Goal(NamedTuple):
@@ -33,7 +33,12 @@ def run(tables: Mapping[str, Table], ceilings: Ceilings) -> Table:
     """Computes the table of goals from the other tables, by name."""
     here = "cpu" if jax.default_backend() == "cpu" else "accelerator"
     rows: list[Row] = []
-    for goal in [*of_combination(tables, ceilings), *of_compilation(tables), *of_steps(tables)]:
+    for goal in [
+        *of_combination(tables, ceilings),
+        *of_compilation(tables),
+        *of_steps(tables),
+        *of_accelerators(tables),
+    ]:
         figure = goal.figure if goal.about in ("any", here) else None
         rows.append(
             {
@@ -146,6 +151,38 @@ def of_steps(tables: Mapping[str, Table]) -> Iterator[Goal]:
             )
             text = f"step, {work}, dtnh layer: images/s × PyTorch's with two backward passes"
             yield Goal(text, figure, 1.0, at_least=True, about="accelerator")
+
+
+def of_accelerators(tables: Mapping[str, Table]) -> Iterator[Goal]:
+    """The goals of programs that are compiled for accelerators, on any machine."""
+    table, steps = (tables.get(name) for name in ("accelerators", "accelerator_steps"))
+    element = "dtnh element, diagnostics=False"
+    of_tpu = ("dtnh layer", "dtnh layer, diagnostics=False", "dtnh global", element)
+    limits = {
+        "one v5e": (
+            *((name, "fusions / leaf", 1 if name == element else 2) for name in of_tpu),
+            *((name, "GB accessed, × base", 1.2) for name in of_tpu),
+            (step.PRESET, "GB accessed, × base", 1.9),
+            *((name, "temporary trees", 0.05) for name in of_tpu),
+            *((name, "compile s, × base", 2) for name in of_tpu),
+        ),
+        "one h100": tuple(
+            (name, column, limit)
+            for name in of_tpu
+            for column, limit in (("fusions, × base", 1.6), ("compile s, × base", 3))
+        ),
+    }
+    where: dict[str, Cell] = {"program": "combination, resnet50"}
+    for target, of_target in limits.items():
+        for name, column, limit in of_target:
+            figure = table and table.find(column, target=target, contestant=name, **where)
+            yield Goal(f"compiled for {target}, ResNet-50, {name}: {column}", figure, limit)
+    name = accelerators.L2_SP[1]
+    for layout in ("replicated", "sharded"):
+        where = {"target": "v5e:16x16", "layout": layout, "program": "step, l2_sp, resnet50"}
+        for column, limit in (("collective MB, × base", 1.001), ("memory GB", 16.0)):
+            figure = steps and steps.find(column, contestant=name, **where)
+            yield Goal(f"step compiled for v5e:16x16, {layout}, {name}: {column}", figure, limit)
 
 
 def quotient(x: float | None, y: float | None) -> float | None:

@@ -80,13 +80,18 @@ class Module(NamedTuple):
             for each in instructions
         )
 
-    def launches(self) -> int:
-        """The number of instructions that every run executes, without fusions and branches."""
-        return sum(
-            each.opcode not in BOOKKEEPING
+    def launched(self) -> Counter[str]:
+        """The instructions that every run executes, by opcode, without fusions and branches."""
+        return Counter(
+            each.opcode
             for name in self._launched(branches=False)
             for each in self.computations[name]
+            if each.opcode not in BOOKKEEPING
         )
+
+    def launches(self) -> int:
+        """The number of instructions that every run executes, without fusions and branches."""
+        return self.launched().total()
 
     def collectives(self) -> tuple[Collectives, Collectives]:
         """The collectives of every run, and those in the branches of conditionals."""

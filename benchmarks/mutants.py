@@ -78,6 +78,14 @@ MUTANTS = [
         "size * 0.0 * float(info.tiny)",
         "direction not_finite",
     ),
+    # Arrays that no TPU needs, and a pass more: seen where libtpu is installed.
+    Mutant("_geometry", "default=_added)", "default=_added_as_arrays)", "accelerators"),
+    Mutant(
+        "_geometry",
+        "return total(scaled(r, ref, dtype), scaled(b, reg, dtype))",
+        "return total(scaled(r, ref, dtype), jax.lax.optimization_barrier(scaled(b, reg, dtype)))",
+        "accelerators",
+    ),
     Mutant("_geometry", "size * float(info.tiny)", "float(info.tiny)", "direction"),
     Mutant(
         "_geometry",

@@ -10,6 +10,7 @@ import optax
 
 import dtnh_jax
 from benchmarks import trees
+from benchmarks.combination import PRESET
 from benchmarks.config import Regularizer, Sizes
 from benchmarks.machine import Ceilings
 from benchmarks.programs import Program, compile_program
@@ -23,7 +24,6 @@ REG_WEIGHT = 0.01
 LEARNING_RATE = 1e-4
 BASE = "weighted sum, one gradient"
 PARTS = ("forward", "forward and backward", "optimizer")
-PRESET = "dtnh_sgd"
 WITH_HELD_OUT, BETWEEN = (f"{PRESET}, held out, {which}" for which in ("gradient", "no gradient"))
 HELD_OUT_EVERY = (1, 4, 16)
 

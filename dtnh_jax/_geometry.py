@@ -3,14 +3,18 @@
 Each takes lists of leaves. Symbols are those of :mod:`dtnh_jax.weightings`.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from dtnh_jax.weightings import Geometry
+
+FEW = 4  # leaves: those of most layers
 
 
 class Part(NamedTuple):
@@ -82,8 +86,20 @@ def real_product(x: jax.Array, y: jax.Array, dtype: np.dtype) -> jax.Array:
 
 
 def _totals(leaves: Sequence[tuple[jax.Array, ...]]) -> tuple[jax.Array, ...]:
+    """The sums of a group, from those of its leaves."""
     if len(leaves) == 1:
         return leaves[0]
+    if len(leaves) > FEW or not isinstance(leaves[0][0], Tracer):
+        return _added_as_arrays(leaves)
+    # Arrays of a few numbers are kernels of their own on a TPU and a GPU, and numbers on a CPU.
+    return jax.lax.platform_dependent(leaves, cpu=_added_as_arrays, default=_added)
+
+
+def _added(leaves: Sequence[tuple[jax.Array, ...]]) -> tuple[jax.Array, ...]:
+    return tuple(functools.reduce(jnp.add, column) for column in zip(*leaves, strict=True))
+
+
+def _added_as_arrays(leaves: Sequence[tuple[jax.Array, ...]]) -> tuple[jax.Array, ...]:
     # Behind a barrier, or XLA would add them all up again in the program of each leaf.
     columns = zip(*leaves, strict=True)
     return tuple(jnp.sum(jax.lax.optimization_barrier(jnp.stack(column))) for column in columns)
