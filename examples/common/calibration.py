@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 TEMPERATURES = np.geomspace(1 / 8, 8, 81, dtype=np.float32)
 """The temperatures that are compared; they are 5 % apart."""
 
 
-def scaled_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def scaled_losses(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
     """The cross-entropy of each image at each temperature.
 
     Args:
@@ -28,13 +29,15 @@ def scaled_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
         ``(n, len(TEMPERATURES))``, float32.
     """
 
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+
     def at(temperature: jax.Array) -> jax.Array:
         return optax.softmax_cross_entropy_with_integer_labels(logits / temperature, labels)
 
     return jax.lax.map(at, jnp.asarray(TEMPERATURES)).T
 
 
-def calibrated_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def calibrated_loss(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
     """The mean cross-entropy at the temperature where it is lowest, a scalar.
 
     Args:
