@@ -28,7 +28,6 @@ def scaled_losses(logits: ArrayLike, labels: ArrayLike) -> jax.Array:
     Returns:
         ``(n, len(TEMPERATURES))``, float32.
     """
-
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
 
     def at(temperature: jax.Array) -> jax.Array:

@@ -227,9 +227,9 @@ TRIAL = 1 / 3
 """The share of the steps that a trial run takes."""
 
 
-def with_trial_runs(part: Part, held_out: int) -> Part:
+def with_trial_runs(part: Part, held_out: int, rule: str = "trial_runs") -> Part:
     """The same settings, each with trial runs that decide whether it has its regularizer."""
-    return replace(part, rules=("trial_runs",), held_out=held_out, trial=TRIAL)
+    return replace(part, rules=(rule,), held_out=held_out, trial=TRIAL)
 
 
 def rivals(of: Part, held_out: int) -> tuple[Part, ...]:
@@ -331,6 +331,21 @@ GRIDS: Mapping[str, Grid] = {
         [
             *GAINS,
             *(with_trial_runs(part, held_out=1) for part in GAINS),
+            # With twice the bound, at the weighted sum's best weight and at ten times that.
+            *(
+                with_trial_runs(
+                    replace(part, regularizers=(regularizer,), strengths=strengths),
+                    held_out=1,
+                    rule="trial_runs_2",
+                )
+                for part, regularizer, strengths in (
+                    (GAINS[0], "l2_sp", (1000.0,)),
+                    (GAINS[0], "feature_distillation", (10.0, 100.0)),
+                    (GAINS[1], "distillation", (10.0,)),
+                    (GAINS[1], "attention_transfer", (1.0, 10.0)),
+                    (GAINS[1], "delta", (0.1, 1.0)),
+                )
+            ),
             *rivals(replace(GAINS[0], seeds=range(3)), held_out=1),
             Part(("cifar10",), ("cifar10",), CONTAINED, HELD_OUT, TENFOLD, range(3), held_out=1),
             Part(
@@ -399,6 +414,7 @@ GRIDS: Mapping[str, Grid] = {
                 Part((), (), TRANSFER, (SUMS[0], *SUMS[2:]), (1.0, 100.0, 1000.0), range(3)),
                 Part((), (), TRANSFER, HELD_OUT, (1.0, 100.0, 1000.0), range(3), held_out=3),
                 with_trial_runs(HARM, held_out=3),
+                with_trial_runs(HARM, held_out=3, rule="trial_runs_2"),
                 *rivals(HARM, held_out=3),
             )
         ],

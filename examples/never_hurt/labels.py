@@ -50,6 +50,7 @@ LABELS = {
     "held_out_current": "held out, gate, current bound",
     "held_out_unbounded": "held out, gate, no bound",
     "trial_runs": "trial runs, bound by the running maximum",
+    "trial_runs_2": "trial runs, twice that bound",
     "running_bound": "bound by the running maximum alone",
     "running_bound_2": "twice that bound",
     "running_bound_4": "four times that bound",

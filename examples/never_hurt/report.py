@@ -26,7 +26,7 @@ GAINS = ("gains", "gains_25", "gains_public", "gains_tiny", "gains_noise")
 """The grids of tasks with a gain to keep."""
 KEEPING = (
     *("weighted_sum", "dtnh_layer", "bounded_dtnh", "held_out_global"),
-    *("running_bound", "trial_runs"),
+    *("running_bound", "trial_runs", "trial_runs_2"),
 )
 """The rules of the tables of what is kept."""
 

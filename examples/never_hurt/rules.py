@@ -170,6 +170,7 @@ RULES: Mapping[str, Callable[[Setting], Optimizer]] = {
     "running_bound_4": preset(**BOUND, max_ratio=4.0),
     # The bound alone, if it does better in a trial run than no regularizer.
     "trial_runs": running_bound,
+    "trial_runs_2": preset(**BOUND, max_ratio=2.0),
 }
 
 L2_SP_ONLY = ("spd", "ftp")
