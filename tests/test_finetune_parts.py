@@ -427,12 +427,13 @@ def test_without_a_regularizer_every_rule_is_the_optimizer(
         assert relative_error(one, other) < 1e-6
 
 
-def test_the_longest_regularizer():
+@pytest.mark.parametrize(("rule", "default"), [("bounded_dtnh", 1.0), ("bounded_sum", 2.0)])
+def test_the_longest_regularizer(rule, default):
     params = {"kernel": jnp.zeros((1, 2))}
     pair = dtnh_jax.GradientPair({"kernel": jnp.array([[0.0, 1.0]])}, {"kernel": jnp.ones((1, 2))})
     training = TrainingConfig(learning_rate=1.0, schedule="constant")
-    for max_ratio, length in ((None, 1.0), (0.5, 0.5), (0.0, 0.0)):
-        transfer = TransferConfig(reg_weight=1e3, max_ratio=max_ratio)
+    for max_ratio, length in ((None, default), (0.5, 0.5), (0.0, 0.0)):
+        transfer = TransferConfig(rule=rule, reg_weight=1e3, max_ratio=max_ratio)
         tx = optimizer.make_optimizer(transfer, training)
         updates, _ = tx.update(pair, tx.init(params), params)
         added = np.asarray(-updates["kernel"] - pair.loss_grads["kernel"])

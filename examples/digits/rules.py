@@ -29,12 +29,13 @@ def dtnh_sgd(learning_rate: optax.ScalarOrSchedule, reg_weight: ArrayLike) -> Op
 
 
 def bounded(learning_rate: optax.ScalarOrSchedule, reg_weight: ArrayLike) -> Optimizer:
-    """The preset without its gate, bounded by the largest momentum so far: for trial runs."""
+    """The preset without its gate, bounded by twice the largest momentum so far: for trial runs."""
     return dtnh_jax.dtnh_sgd(
         learning_rate,
         reg_weight,
         scope="global",
         on_conflict="keep",
+        max_ratio=2.0,
         bound_by="running_max",
         mask=not_the_head,
     )

@@ -48,6 +48,7 @@ RuleName = Literal[
 # Arguments of dtnh_jax.dtnh_sgd and dtnh_adamw that make bounded_sum.
 BOUNDED_SUM: dict[str, Any] = {
     "on_conflict": "keep",
+    "max_ratio": 2.0,
     "scope": "global",
     "bound_by": "running_max",
 }
@@ -59,6 +60,7 @@ TRIAL = 1 / 3
 # What --held-out makes of bounded_dtnh: arguments of dtnh_jax.dtnh_sgd and dtnh_adamw.
 HELD_OUT: dict[str, Any] = {
     "on_conflict": "gate",
+    "max_ratio": 1.0,
     "scope": "global",
     "bound_by": "running_max",
     "reference": dtnh_jax.held_out(0.9),
@@ -98,8 +100,8 @@ class TransferConfig:
     """The regularizer Ω. delta_attention is DELTA with channel weights, delta without."""
     rule: RuleName = "bounded_sum"
     """The rule that combines the gradients of loss and regularizer.
-    bounded_sum is their sum, with a regularizer's part at most as long as the longest of the loss
-    so far; with trial runs it keeps what helps. bounded_dtnh drops what conflicts, and hardly
+    bounded_sum is their sum, with a regularizer's part at most twice as long as the longest of the
+    loss so far; with trial runs it keeps what helps. bounded_dtnh drops what conflicts, and hardly
     changes plain fine-tuning. Both are dtnh_sgd or dtnh_adamw, depending on the optimizer. dtnh is
     the paper's."""
     reg_weight: float | None = None
@@ -112,7 +114,7 @@ class TransferConfig:
     """dtnh, decoupled: what the rule does with a conflicting regularizer gradient."""
     max_ratio: float | None = None
     """dtnh, bounded_dtnh, bounded_sum: the largest norm of the regularizer's part, as a multiple of
-    the loss's. If not set, dtnh has no bound, and the others have 1."""
+    the loss's. If not set, dtnh has no bound, bounded_dtnh has 1 and bounded_sum 2."""
     reference_decay: float = 0.0
     """dtnh, decoupled: compare with an exponential average of the loss gradient, with this decay.
     0: compare with the gradient of the batch, as in the paper."""

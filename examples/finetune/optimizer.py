@@ -48,8 +48,9 @@ def make_optimizer(
     if transfer.regularizer == "none":
         tx = optax.chain(dtnh_jax.weighted_sum(0.0, diagnostics=False), step, rate)
     elif transfer.rule in ("bounded_dtnh", "bounded_sum"):  # dtnh_sgd or dtnh_adamw, with clipping
-        options["max_ratio"] = 1.0 if transfer.max_ratio is None else transfer.max_ratio
-        choices: dict[str, Any] = {"on_conflict": "gate"}
+        if transfer.max_ratio is not None:
+            options["max_ratio"] = transfer.max_ratio
+        choices: dict[str, Any] = {"on_conflict": "gate", "max_ratio": 1.0}
         if transfer.rule == "bounded_sum":
             choices = BOUNDED_SUM
         elif transfer.held_out:

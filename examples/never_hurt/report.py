@@ -66,8 +66,9 @@ def make_tables(studies: Mapping[str, pd.DataFrame]) -> dict[str, Rows]:
             made["scratch-verdicts"] = tables.verdicts(small, "scratch")
         made["gains"] = tables.gains(small)
         made["best"] = tables.best_by_pair(small[small["rule"].isin(COMPARED)])
-    if (again := studies.get("again")) is not None:
-        made["again"] = tables.settings(again)
+    for name in ("again", "harm_again"):
+        if (again := studies.get(name)) is not None:
+            made[name] = tables.settings(again)
     if (variants := studies.get("variants")) is not None:
         made["variants"] = tables.by_rule(variants)
     if (gains := studies.get("gains")) is not None:
@@ -76,8 +77,9 @@ def make_tables(studies: Mapping[str, pd.DataFrame]) -> dict[str, Rows]:
     if of_gains:
         made["gains-kept"] = tables.kept(of_gains, KEEPING)
         made["gains-kept-tenfold"] = tables.kept(of_gains, KEEPING, times=10.0)
-    if (references := studies.get("references")) is not None:
-        made["references"] = tables.by_regularizer(references)
+    for name in ("references", "bounds", "held_out_choices"):
+        if (choices := studies.get(name)) is not None:
+            made[name] = tables.by_regularizer(choices)
     for name in (*GAINS, "harm", "harm_wide"):
         if (cells := studies.get(name)) is not None:
             made[f"{name}-baseline"] = tables.plain(cells)
