@@ -239,7 +239,7 @@ def length_ratios(cells: pd.DataFrame) -> Rows:
     """
 
     def text(part: pd.DataFrame) -> str:
-        quarters = np.nanmedian(np.array([*part["length_ratio"]], np.float64), axis=0)
+        quarters = pd.DataFrame([*part["length_ratio"]], dtype=float).median()
         return ", ".join(f"{ratio:.2g}" for ratio in quarters)
 
     measured = cells[cells["length_ratio"].map(len) > 0]
