@@ -183,8 +183,8 @@ MUTANTS = [
     ),
     Mutant(
         "_decoupled",
-        "jax.tree.map(jnp.conj, l2_sp_gradient(params, pretrained))",
-        "l2_sp_gradient(params, pretrained)",
+        "jax.tree.map(jnp.conj, l2_sp_gradient(params, start, mask=mask))",
+        "l2_sp_gradient(params, start, mask=mask)",
         "decoupled",
     ),
     Mutant(
@@ -196,14 +196,14 @@ MUTANTS = [
     Mutant("_accumulation", "isinstance(every_k, bool) or not", "not", "accumulation"),
     Mutant(
         "_accumulation",
-        "jnp.asarray(grad).astype(total.dtype)",
+        "jnp.asarray(grad).astype(dtype)",
         "jnp.asarray(grad)",
         "accumulation",
     ),
     Mutant(
         "_accumulation",
-        "(total / every_k).astype(jnp.result_type(grad))",
-        "(total / every_k)",
+        "ratio(total, weight.astype(total.dtype)).astype(jnp.result_type(grad))",
+        "ratio(total, weight.astype(total.dtype))",
         "accumulation",
     ),
     Mutant("_accumulation", "x.dtype, device=x.sharding)", "x.dtype)", "accumulation devices"),

@@ -112,7 +112,7 @@ def test_trial_runs_decide_whether_there_is_a_regularizer(directory, tmp_path, m
     monkeypatch.setattr(train.Trial, "helps", property(lambda trial: False))
     outcome = run(directory, tmp_path / "tried", *TRIAL)
     assert outcome.config.transfer.regularizer == "l2_sp"
-    none = ("--regularizer", "none")
+    none = ("--rule", "bounded_sum", "--regularizer", "none")
     run(directory, tmp_path / "none", *none)
     states = [last_checkpoint(directory, tmp_path / out, *none) for out in ("tried", "none")]
     assert_same(*states)

@@ -95,6 +95,7 @@ def test_the_matrix_is_that_of_the_library():
     public = set(dtnh_jax.regularizers.__all__)
     helpers = {name for name in public if name.endswith(("_gradient", "_relationship", "_weights"))}
     helpers |= {"Match", "MatchReport", "fisher_diagonal", "match_pretrained"}
+    helpers |= {"kl_to_reference", "sampled_kl", "l2_sp_lora"}  # of language models
     assert set(REGULARIZERS) == (public - helpers) | {"none", "delta_attention"}
     assert set(objective.REGULARIZERS) == set(REGULARIZERS)
     ours = {"bounded_dtnh", "bounded_sum", "dtnh", "decoupled", "weighted_sum"}
@@ -532,7 +533,10 @@ def test_meshes():
             {"held_out": 0.1, "rule": "dtnh", "reference_decay": 0.9},
             "reference_decay .* Give only one",
         ),
-        ({"held_out": 0.1, "scope": "element"}, "Choose another --scope than element"),
+        (
+            {"rule": "dtnh", "held_out": 0.1, "scope": "element"},
+            "Choose another --scope than element",
+        ),
         ({"temperature": 0.0}, "temperature must be positive"),
         ({"mesh": "two"}, "mesh must be"),
         ({"prefetch": 0}, "prefetch must be"),

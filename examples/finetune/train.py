@@ -68,7 +68,7 @@ def run(config: Config) -> Outcome:
                 directory.clear(config.output.out)
             multihost_utils.sync_global_devices("cleared")
         trial = try_regularizer(config, dataset) if config.transfer.trial_share else None
-        decided = trials.settings(config, has_regularizer=trial is None or trial.helps)
+        decided = trials.settings(config, has_regularizer=trial.helps) if trial else config
         task, program, best_step, throughput, state = fit(decided, dataset)
         validation = evaluate(task, program, state.evaluated, dataset.validation)
         test = evaluate(task, program, state.evaluated, dataset.test)
@@ -98,16 +98,16 @@ def try_regularizer(config: Config, dataset: Dataset) -> Trial:
     learning rate schedule of a whole run. After its last step it is compared by the calibrated
     loss: short runs differ in confidence, too.
     """
-    losses = []
-    for has_regularizer in (False, True):
+    losses = {}
+    for has_regularizer in (True, False):  # what is wrong with the regularizer shows at once
         short = trials.shortened(config, has_regularizer=has_regularizer)
         if jax.process_index() == 0:
             announce(f"Trial run {'with' if has_regularizer else 'without'} the regularizer:")
         with directory.claim(short):
             task, program, _, _, state = fit(short, dataset)
         found = evaluate(task, program, state.evaluated, dataset.validation)
-        losses.append(found.calibrated_loss)
-    trial = Trial(short.training.steps, *losses)
+        losses[has_regularizer] = found.calibrated_loss
+    trial = Trial(short.training.steps, loss_without=losses[False], loss_with=losses[True])
     if jax.process_index() == 0:
         announce(str(trial))
     return trial
