@@ -534,7 +534,7 @@ def test_meshes():
             "reference_decay .* Give only one",
         ),
         (
-            {"rule": "dtnh", "held_out": 0.1, "scope": "element"},
+            {"rule": "bounded_dtnh", "held_out": 0.1, "scope": "element"},
             "Choose another --scope than element",
         ),
         ({"temperature": 0.0}, "temperature must be positive"),
