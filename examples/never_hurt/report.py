@@ -103,6 +103,14 @@ def make_tables(studies: Mapping[str, pd.DataFrame]) -> dict[str, Rows]:
     return made
 
 
+def repeated(folder: Path) -> dict[str, Rows]:
+    """Makes the table of cells that were run again, by name; none if there are none."""
+    again = store.read(folder / REPEATED)
+    files_of_grids = {name: store.of_grid(folder, name) for name in GRIDS}
+    kept = {name: store.read(path) for name, path in files_of_grids.items() if path}
+    return {"repeated": tables.repeated(kept, again)} if again else {}
+
+
 def make_figures(studies: Mapping[str, pd.DataFrame]) -> dict[str, Figure]:
     """Makes the figures, by name; none without results of the small grid."""
     small = studies.get("small")
@@ -134,12 +142,7 @@ def report(folder: Path, out: Path, page: Path | None) -> None:
     if not studies:
         raise ValueError(f"There are no results in {folder}: no file like small.jsonl.")
     out.mkdir(parents=True, exist_ok=True)
-    made = make_tables(studies)
-    if repeated := store.read(folder / REPEATED):
-        made["repeated"] = tables.repeated(
-            {name: store.read(path) for name in studies if (path := store.of_grid(folder, name))},
-            repeated,
-        )
+    made = make_tables(studies) | repeated(folder)
     for name, rows in made.items():
         files.write(out / f"{name}.md", (as_markdown_table(rows) + "\n").encode())
         files.write(out / f"{name}.tex", as_latex_table(rows).encode())
