@@ -40,6 +40,7 @@ class Run:
     def __init__(self, directory: Path, out: Path) -> None:
         self.out = out
         self._printed = directory / f"printed{time.monotonic_ns()}"
+        self._printed.touch()  # for a process that is killed before it prints
         self.process = self.context.Process(target=in_process, args=(directory, out, self._printed))
         self.process.start()
 
